@@ -1,0 +1,1 @@
+//! ckpt: checkpoint and restore running distributed jobs from the outside.

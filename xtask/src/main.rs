@@ -1,0 +1,3 @@
+//! `cargo xtask <task>`: everything a person does to the repository.
+
+fn main() {}
