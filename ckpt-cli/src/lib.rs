@@ -1,1 +1,4 @@
 //! ckpt: checkpoint and restore running distributed jobs from the outside.
+
+pub mod sys;
+pub mod tracee;

@@ -1,0 +1,52 @@
+//! ioctl(2) requests on descriptors of kernel objects, and socket options that nix does not know.
+
+use super::check;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// TFD_IOC_SET_TICKS: sets the expirations of a timerfd that were not read yet (needs CONFIG_CHECKPOINT_RESTORE).
+pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> io::Result<()> {
+    /// _IOW('T', 0, u64)
+    const TFD_IOC_SET_TICKS: libc::c_ulong = (1 << 30) | (8 << 16) | (0x54 << 8);
+    // SAFETY: the request reads one u64, which lives across the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TFD_IOC_SET_TICKS, &raw const ticks) }.into()).map(drop)
+}
+
+/// FIONREAD: bytes that can be read.
+pub fn readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives across the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut n) }.into())?;
+    Ok(n as usize)
+}
+
+/// Reads a socket option whose value is a plain integer structure, as bytes.
+pub fn sockopt(fd: BorrowedFd<'_>, level: i32, name: i32, max: usize) -> io::Result<Vec<u8>> {
+    let mut value = vec![0u8; max];
+    let mut len = max as libc::socklen_t;
+    // SAFETY: the buffer has the stated length and outlives the call.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    check(r.into())?;
+    value.truncate(len as usize);
+    Ok(value)
+}
+
+/// Reads a socket option that is an int.
+pub fn sockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let v = sockopt(fd, level, name, 4)?;
+    Ok(v.try_into().map(i32::from_ne_bytes).unwrap_or(0))
+}
+
+/// Sets a socket option from bytes.
+pub fn set_sockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    // SAFETY: the buffer has the stated length and is only read.
+    let r = unsafe {
+        libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
+    };
+    check(r.into()).map(drop)
+}
+
+/// Sets a socket option that is an int.
+pub fn set_sockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    set_sockopt(fd, level, name, &value.to_ne_bytes())
+}

@@ -1,0 +1,20 @@
+//! All `unsafe` of ckpt: system calls and ioctls that no crate wraps, one file per kernel interface.
+//!
+//! Everything here is a thin typed call: it decides nothing and keeps nothing.
+
+pub mod batch_code;
+pub mod clone;
+pub mod ioctl;
+pub mod kcmp;
+pub mod memory;
+pub mod pagemap;
+pub mod pidfd;
+pub mod ptrace;
+pub mod task;
+
+use std::io;
+
+/// Result of a raw system call as the C library's wrapper gives it: -1 and errno.
+fn check(result: libc::c_long) -> io::Result<i64> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

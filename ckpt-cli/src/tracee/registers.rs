@@ -1,0 +1,105 @@
+//! What a stopped thread's registers mean: interrupted system calls and restartable sequences.
+
+use crate::sys::{memory, ptrace::UserRegs};
+
+// Errors by which the kernel marks an interrupted call (include/linux/errno.h); never seen by programs.
+const ERESTARTSYS: i64 = -512;
+const ERESTARTNOINTR: i64 = -513;
+const ERESTARTNOHAND: i64 = -514;
+const ERESTART_RESTARTBLOCK: i64 = -516;
+const EINTR: i64 = -(libc::EINTR as i64);
+
+/// Length of the `syscall` instruction.
+const SYSCALL_LEN: u64 = 2;
+
+/// Was the thread stopped on its way out of a system call?
+pub fn in_syscall(regs: &UserRegs) -> bool {
+    (regs.orig_rax as i64) >= 0
+}
+
+fn reissue(regs: &mut UserRegs) {
+    regs.rax = regs.orig_rax;
+    regs.rip -= SYSCALL_LEN;
+    regs.orig_rax = u64::MAX;
+}
+
+/// Hides the freeze from calls that answer a stop with `EINTR` (epoll_wait, recv with a timeout, semop and others,
+/// see signal(7)): the call is issued again. Not done where a real signal waits: then `EINTR` is the truth.
+pub fn hide_eintr(regs: &mut UserRegs, signal_waits: bool) {
+    if in_syscall(regs) && regs.rax as i64 == EINTR && !signal_waits {
+        reissue(regs);
+    }
+}
+
+/// The registers from which a thread that no longer has its kernel context goes on: a call that was interrupted is
+/// issued again, with its full time-out where it waited for a relative time.
+pub fn resumable(regs: &UserRegs) -> UserRegs {
+    let mut regs = *regs;
+    if in_syscall(&regs)
+        && matches!(
+            regs.rax as i64,
+            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
+        )
+    {
+        reissue(&mut regs);
+    }
+    regs.orig_rax = u64::MAX;
+    regs
+}
+
+/// Sends a thread that was stopped inside a restartable sequence to the sequence's abort handler, as the kernel does
+/// after any preemption (Documentation of rseq(2)). `critical_section` is the `rseq_cs` word of its area.
+pub fn abort_sequence(pid: i32, regs: &mut UserRegs, critical_section: u64) -> bool {
+    if critical_section == 0 {
+        return false;
+    }
+    // struct rseq_cs: version u32, flags u32, start_ip, post_commit_offset, abort_ip u64
+    let mut raw = [0u8; 32];
+    if memory::read(pid, critical_section, &mut raw).is_err() {
+        return false;
+    }
+    let word = |i: usize| u64::from_ne_bytes(raw[i..i + 8].try_into().unwrap_or_default());
+    let (start, length, abort) = (word(8), word(16), word(24));
+    if regs.rip.wrapping_sub(start) >= length {
+        return false;
+    }
+    regs.rip = abort;
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regs(orig: i64, rax: i64) -> UserRegs {
+        let zero = vec![0u8; size_of::<UserRegs>()];
+        let mut r = crate::sys::ptrace::regs_from_bytes(&zero).expect("size");
+        (r.orig_rax, r.rax, r.rip) = (orig as u64, rax as u64, 0x1002);
+        r
+    }
+
+    #[test]
+    fn interrupted_call_is_issued_again() {
+        for mark in [-512, -513, -514, -516] {
+            let r = resumable(&regs(7, mark));
+            assert_eq!((r.rax, r.rip, r.orig_rax), (7, 0x1000, u64::MAX));
+        }
+    }
+
+    #[test]
+    fn finished_call_and_user_code_go_on() {
+        for (orig, rax) in [(7, 3), (7, -11), (-1, -512), (7, -4)] {
+            let r = resumable(&regs(orig, rax));
+            assert_eq!((r.rax as i64, r.rip), (rax, 0x1002));
+        }
+    }
+
+    #[test]
+    fn eintr_is_hidden_only_without_a_signal() {
+        let mut r = regs(232, -4);
+        hide_eintr(&mut r, true);
+        assert_eq!(r.rax as i64, -4);
+        hide_eintr(&mut r, false);
+        assert_eq!((r.rax, r.rip), (232, 0x1000));
+    }
+}

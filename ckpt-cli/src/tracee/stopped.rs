@@ -1,0 +1,290 @@
+//! One stopped thread.
+
+use super::batch::{Arena, Batch, Done, TOP_RESERVE};
+use super::healing::{self, FRAME_SP, Pieces};
+use super::{Result, TraceeError, registers};
+use crate::sys::ptrace::{self, UserRegs, Wait};
+use crate::sys::{memory, pidfd};
+
+/// Signals that programs ignore unless they ask for them: candidates for the bell.
+const BELLS: [i32; 3] = [libc::SIGWINCH, libc::SIGURG, libc::SIGCHLD];
+/// `si_code` of a signal sent by tgkill(2).
+const SI_TKILL: i32 = -6;
+
+/// A stopped thread. Dropping it restores its registers and signal mask and lets it run on.
+#[derive(Debug)]
+pub struct Stopped {
+    /// PID of its process and TID, as we see them.
+    pub pid: i32,
+    /// See `pid`.
+    pub tid: i32,
+    /// PID and TID in the thread's own PID namespace.
+    pub ns: (i32, i32),
+    regs: UserRegs,
+    sigmask: u64,
+    borrowed: bool,
+    attached: bool,
+    bell: i32,
+    deferred: Vec<i32>,
+}
+
+impl Stopped {
+    /// Takes over a thread that [`ptrace::wait`] reported as stopped.
+    pub fn new(pid: i32, tid: i32) -> Result<Self> {
+        let mut stopped = Self {
+            pid,
+            tid,
+            ns: (pid, tid),
+            regs: ptrace::regs(tid).map_err(TraceeError::request("reading registers", tid))?,
+            sigmask: ptrace::sigmask(tid).map_err(TraceeError::request("reading the signal mask", tid))?,
+            borrowed: false,
+            attached: true,
+            bell: BELLS[0],
+            deferred: Vec::new(),
+        };
+        let status = procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
+        if let Ok(status) = status {
+            let last = |v: &Option<Vec<i32>>, or| v.as_ref().and_then(|v| v.last().copied()).unwrap_or(or);
+            stopped.ns = (last(&status.nstgid, pid), last(&status.nspid, tid));
+            let waiting = status.sigpnd | status.shdpnd;
+            let free = |set: u64, s: i32| set & (1 << (s - 1)) == 0;
+            stopped.bell = BELLS
+                .into_iter()
+                .find(|s| free(status.sigcgt | waiting, *s))
+                .or_else(|| BELLS.into_iter().find(|s| free(waiting, *s)))
+                .unwrap_or(BELLS[0]);
+            registers::hide_eintr(&mut stopped.regs, waiting & !stopped.sigmask != 0);
+        }
+        Ok(stopped)
+    }
+
+    /// The program's registers.
+    pub fn regs(&self) -> &UserRegs {
+        &self.regs
+    }
+
+    /// Changes the registers with which the thread will go on.
+    pub fn set_regs(&mut self, regs: UserRegs) {
+        self.regs = regs;
+    }
+
+    /// The program's signal mask.
+    pub fn sigmask(&self) -> u64 {
+        self.sigmask
+    }
+
+    /// Changes the signal mask with which the thread will go on.
+    pub fn set_sigmask(&mut self, mask: u64) {
+        self.sigmask = mask;
+    }
+
+    /// FPU and vector state.
+    pub fn xstate(&self) -> Result<Vec<u8>> {
+        ptrace::xstate(self.tid).map_err(TraceeError::request("reading the FPU state", self.tid))
+    }
+
+    /// Sends a thread inside a restartable sequence to its abort handler.
+    pub fn abort_sequence(&mut self, critical_section: u64) {
+        registers::abort_sequence(self.pid, &mut self.regs, critical_section);
+    }
+
+    /// Signal mask of a batch: everything but the bell.
+    fn batch_mask(&self) -> u64 {
+        !(1u64 << (self.bell - 1))
+    }
+
+    /// Registers first, then the mask: where we are killed in between, the code runs with the program's mask and
+    /// heals all the same.
+    fn lend(&mut self, regs: &UserRegs) -> Result<()> {
+        self.borrowed = true;
+        ptrace::set_regs(self.tid, regs).map_err(TraceeError::request("setting registers", self.tid))?;
+        ptrace::set_sigmask(self.tid, self.batch_mask())
+            .map_err(TraceeError::request("setting the signal mask", self.tid))
+    }
+
+    /// Gives the thread its own mask and registers back; in this order, for the same reason.
+    pub fn give_back(&mut self) -> Result<()> {
+        if self.borrowed {
+            ptrace::set_sigmask(self.tid, self.sigmask)
+                .map_err(TraceeError::request("restoring the signal mask", self.tid))?;
+        }
+        ptrace::set_regs(self.tid, &self.regs).map_err(TraceeError::request("restoring registers", self.tid))?;
+        self.borrowed = false;
+        Ok(())
+    }
+
+    /// Maps an arena in the target: the one call that is made before there is a batch.
+    ///
+    /// `scratch` is an address at which [`Self::healing_size`] bytes of the program's stack are unused.
+    pub fn map_arena(&mut self, pieces: &Pieces, scratch: Option<u64>, len: u64) -> Result<Arena> {
+        let args = [0, len, 7, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64, u64::MAX, 0];
+        let base = self.single_call("mapping the arena", pieces, scratch, libc::SYS_mmap, args)? as u64;
+        let arena = Arena { base, len };
+        arena.install(self.pid)?;
+        Ok(arena)
+    }
+
+    /// Unmaps the arena again.
+    pub fn unmap_arena(&mut self, pieces: &Pieces, scratch: Option<u64>, arena: Arena) -> Result<()> {
+        let args = [arena.base, arena.len, 0, 0, 0, 0];
+        self.single_call("unmapping the arena", pieces, scratch, libc::SYS_munmap, args).map(drop)
+    }
+
+    /// Bytes that a healing frame may take.
+    pub fn healing_size() -> u64 {
+        20 * 1024
+    }
+
+    /// One system call through an instruction of the target itself.
+    pub fn single_call(
+        &mut self,
+        what: &'static str,
+        pieces: &Pieces,
+        scratch: Option<u64>,
+        number: i64,
+        args: [u64; 6],
+    ) -> Result<i64> {
+        let mut regs = self.regs;
+        if let (Some(scratch), Some(restorer)) = (scratch, pieces.restorer) {
+            // [return slots][frame]: the gadget returns to the restorer with rsp at the frame's second word.
+            let sp = scratch.next_multiple_of(64);
+            let frame_at = sp + pieces.ret_slot + 8 - FRAME_SP;
+            let mut bytes = vec![0u8; pieces.ret_slot as usize];
+            bytes.extend(healing::frame(
+                frame_at,
+                &registers::resumable(&self.regs),
+                self.sigmask,
+                &self.xstate()?,
+            ));
+            // The return slot is the frame's first word, which rt_sigreturn does not read.
+            bytes[pieces.ret_slot as usize..][..8].copy_from_slice(&restorer.to_ne_bytes());
+            memory::write(self.pid, sp, &bytes)
+                .map_err(TraceeError::request("writing the frame that heals an injected call", self.tid))?;
+            (regs.rsp, regs.rbp) = (sp, sp);
+        }
+        regs.rip = pieces.syscall;
+        (regs.rax, regs.orig_rax) = (number as u64, u64::MAX);
+        (regs.rdi, regs.rsi, regs.rdx) = (args[0], args[1], args[2]);
+        (regs.r10, regs.r8, regs.r9) = (args[3], args[4], args[5]);
+        self.lend(&regs)?;
+        for _entry_and_exit in 0..2 {
+            self.resume_until(
+                |s| ptrace::cont_to_syscall(s.tid).map_err(TraceeError::request("resuming", s.tid)),
+                |_, wait| wait == Wait::Syscall,
+            )?;
+        }
+        let now = ptrace::regs(self.tid).map_err(TraceeError::request("reading registers", self.tid))?;
+        // From a stop at a system call's exit the kernel goes to the program without looking at an interrupted call in
+        // the registers; from a stop for the tracer it does look. Asked for before the registers are given back, so
+        // that this holds where we are killed in between, too.
+        ptrace::interrupt(self.tid).map_err(TraceeError::request("interrupting", self.tid))?;
+        self.give_back()?;
+        self.resume_until(
+            |s| ptrace::cont(s.tid, 0).map_err(TraceeError::request("resuming", s.tid)),
+            |_, wait| matches!(wait, Wait::EventStop(_)),
+        )?;
+        let value = now.rax as i64;
+        if (-4095..0).contains(&value) {
+            let source = std::io::Error::from_raw_os_error(-value as i32);
+            return Err(TraceeError::Call { what: what.into(), tid: self.tid, source });
+        }
+        Ok(value)
+    }
+
+    /// Runs a batch. With `heal`, the thread restores itself should we be killed meanwhile: for running programs.
+    pub fn run(&mut self, mut batch: Batch, heal: bool) -> Result<Done> {
+        let arena = batch.arena();
+        let bell = [self.ns.0 as u64, self.ns.1 as u64, self.bell as u64];
+        let (table, count) = batch.store(self.pid, bell)?;
+        let frame_at = arena.end() - TOP_RESERVE / 2;
+        if heal {
+            let frame =
+                healing::frame(frame_at, &registers::resumable(&self.regs), self.sigmask, &self.xstate()?);
+            memory::write(self.pid, frame_at, &frame)
+                .map_err(TraceeError::request("writing the frame that heals a batch", self.tid))?;
+        }
+        let mut regs = self.regs;
+        (regs.rip, regs.rbx, regs.r12) = (arena.base, table, count);
+        (regs.rsp, regs.orig_rax) = (frame_at + FRAME_SP, u64::MAX);
+        self.lend(&regs)?;
+        let us = self.ns.0;
+        self.resume_until(
+            |s| ptrace::cont(s.tid, 0).map_err(TraceeError::request("resuming", s.tid)),
+            |s, wait| wait == Wait::Signal(s.bell) && is_bell(s.tid, us),
+        )?;
+        batch.load(self.pid, self.tid)
+    }
+
+    /// Resumes until `done` says that the stop is the one waited for. Signals that arrive meanwhile are kept.
+    fn resume_until(
+        &mut self,
+        mut resume: impl FnMut(&Self) -> Result<()>,
+        done: impl Fn(&Self, Wait) -> bool,
+    ) -> Result<()> {
+        loop {
+            resume(self)?;
+            let wait = ptrace::wait(self.tid, true).map_err(TraceeError::request("waiting", self.tid))?;
+            match wait {
+                w if done(self, w) => return Ok(()),
+                Wait::Gone(status) => {
+                    self.attached = false;
+                    return Err(TraceeError::Died { tid: self.tid, status });
+                }
+                Wait::Signal(
+                    signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGSYS | libc::SIGTRAP | libc::SIGFPE),
+                ) => {
+                    let call = ptrace::regs(self.tid).map_or(0, |r| r.r12 as usize);
+                    return Err(TraceeError::Fault { tid: self.tid, signal, call });
+                }
+                Wait::Signal(signal) => self.deferred.push(signal),
+                Wait::Nothing | Wait::EventStop(_) | Wait::Event(_) | Wait::Syscall => {}
+            }
+        }
+    }
+
+    /// Writes memory of the process.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        memory::write(self.pid, address, bytes).map_err(TraceeError::request("writing memory", self.pid))
+    }
+
+    /// Ends tracing; the thread goes on with its own registers and mask.
+    pub fn release(mut self) -> Result<()> {
+        self.let_go()
+    }
+
+    /// Forgets the thread without touching it: it was killed, or dies with the tracer.
+    pub fn abandon(mut self) {
+        self.attached = false;
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.attached) {
+            return Ok(());
+        }
+        self.give_back()?;
+        ptrace::detach(self.tid, 0).map_err(TraceeError::request("detaching", self.tid))?;
+        if let Ok(process) = pidfd::open(self.pid) {
+            use std::os::fd::AsFd;
+            for signal in self.deferred.drain(..) {
+                let _ = pidfd::send_signal(process.as_fd(), signal);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if let Err(error) = self.let_go() {
+            tracing::warn!(tid = self.tid, %error, "a thread could not be released");
+        }
+    }
+}
+
+/// Did the thread send the signal it is stopped at to itself, by the batch's last call?
+fn is_bell(tid: i32, ns_pid: i32) -> bool {
+    // siginfo_t: si_signo, si_errno, si_code, pad, si_pid
+    let Ok(info) = ptrace::siginfo(tid) else { return false };
+    let word = |i: usize| i32::from_ne_bytes(info[i..i + 4].try_into().unwrap_or_default());
+    word(8) == SI_TKILL && word(16) == ns_pid
+}
