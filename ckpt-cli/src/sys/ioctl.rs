@@ -2,7 +2,7 @@
 
 use super::check;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// TFD_IOC_SET_TICKS: sets the expirations of a timerfd that were not read yet (needs CONFIG_CHECKPOINT_RESTORE).
 pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> io::Result<()> {
@@ -49,4 +49,19 @@ pub fn set_sockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> i
 /// Sets a socket option that is an int.
 pub fn set_sockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     set_sockopt(fd, level, name, &value.to_ne_bytes())
+}
+
+/// flock(2); `operation` is `LOCK_*`.
+pub fn flock(fd: BorrowedFd<'_>, operation: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    check(unsafe { libc::flock(fd.as_raw_fd(), operation) }.into()).map(drop)
+}
+
+/// signalfd4(2) for a mask with bit n-1 for signal n, real-time signals included; close-on-exec.
+pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
+    // SAFETY: the mask lives across the call and has the stated size; the result is a new descriptor.
+    unsafe {
+        let fd = check(libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, libc::SFD_CLOEXEC))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
 }

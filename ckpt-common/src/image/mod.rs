@@ -5,6 +5,7 @@
 //! so a field can be added without breaking older readers.
 
 pub mod file;
+pub mod objects;
 pub mod process;
 
 use serde::{Serialize, de::DeserializeOwned};
