@@ -1,4 +1,5 @@
 //! ckpt: checkpoint and restore running distributed jobs from the outside.
 
+pub mod store;
 pub mod sys;
 pub mod tracee;
