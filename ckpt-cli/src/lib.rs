@@ -1,5 +1,8 @@
 //! ckpt: checkpoint and restore running distributed jobs from the outside.
 
+pub mod capture;
+pub mod memory;
 pub mod objects;
+pub mod store;
 pub mod sys;
 pub mod tracee;

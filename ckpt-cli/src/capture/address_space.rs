@@ -29,7 +29,7 @@ pub(super) fn capture(pid: i32, proc: &Proc, maps: &Maps, brk: u64, table: &mut 
             field(stat.env_end, "env_end")?,
         ],
         auxv: std::fs::read(format!("/proc/{pid}/auxv")).context("reading the auxiliary vector")?,
-        exe: table.mapped_file(pid, "exe", false).context("opening the executable")?,
+        exe: table.mapped_file(pid, None, "exe", false).context("opening the executable")?,
         mappings: Vec::with_capacity(maps.len()),
         vdso: Vec::new(),
     };
@@ -87,7 +87,7 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
     // A shared mapping that may become writable needs a description that is open for writing.
     let write = map.shared && map.flags.contains(VmFlags::MW);
     let file = table
-        .mapped_file_cached(pid, (map.device, map.inode, write), &name, write)
+        .mapped_file(pid, Some((map.device, map.inode)), &name, write)
         .with_context(|| format!("opening what is mapped at {:x}-{:x} ({})", map.start, map.end, map.path))?;
     Ok(if map.shared {
         Backing::SharedFile { file, offset: map.offset }

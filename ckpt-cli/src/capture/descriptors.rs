@@ -1,35 +1,18 @@
 //! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
 
-use super::Options;
+use super::{Options, plan};
 use crate::memory::staging::Staging;
-use crate::network::hold::Hold;
-use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, tcp, udp, unix};
+use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, unix};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
-use ckpt_common::image::{MemoryId, tcp::TcpSocket};
+use ckpt_common::image::MemoryId;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-
-/// TCP connections of the job, kept until it is decided whether the job lives or dies.
-#[derive(Debug, Default)]
-pub(super) struct HeldSockets(Vec<(OwnedFd, TcpSocket)>);
-
-impl HeldSockets {
-    /// What was captured.
-    pub(super) fn records(&self) -> Vec<TcpSocket> {
-        self.0.iter().map(|(_, record)| record.clone()).collect()
-    }
-
-    /// Enters repair mode: when the job is killed now, its sockets close without a word to their peers.
-    pub(super) fn silence(&self) -> Result<()> {
-        self.0.iter().try_for_each(|(fd, _)| tcp::silence(fd.as_fd()))
-    }
-}
 
 /// A description found in a descriptor table.
 struct Found {
@@ -40,7 +23,11 @@ struct Found {
 /// Everything that descriptors, mappings and queues of the job refer to.
 pub(super) struct Table<'a> {
     options: &'a Options,
+    /// Sockets and pipes that processes outside the job have open.
+    foreign: &'a HashSet<u64>,
     staging: &'a mut Staging,
+    /// Descriptors of ours that stand for descriptions: kept open, because others are compared with them.
+    own: Vec<OwnedFd>,
     descriptors: BTreeMap<i32, Vec<Descriptor>>,
     groups: HashMap<(u64, u64), Vec<(i32, i32, FileId)>>,
     pending: Vec<Found>,
@@ -50,15 +37,21 @@ pub(super) struct Table<'a> {
     next: u32,
     pipes: HashSet<u64>,
     unix: unix::Peers,
-    sockets: HeldSockets,
 }
 
 impl<'a> Table<'a> {
     /// Goes through all descriptor tables and finds which descriptors share a description.
-    pub(super) fn new(frozen: &Frozen, options: &'a Options, staging: &'a mut Staging) -> Result<Self> {
+    pub(super) fn new(
+        frozen: &Frozen,
+        options: &'a Options,
+        foreign: &'a HashSet<u64>,
+        staging: &'a mut Staging,
+    ) -> Result<Self> {
         let mut table = Self {
             options,
+            foreign,
             staging,
+            own: Vec::new(),
             descriptors: BTreeMap::new(),
             groups: HashMap::new(),
             pending: Vec::new(),
@@ -68,7 +61,6 @@ impl<'a> Table<'a> {
             next: 0,
             pipes: HashSet::new(),
             unix: unix::Peers::default(),
-            sockets: HeldSockets::default(),
         };
         for process in frozen.processes.values().filter(|p| !p.threads.is_empty()) {
             table.scan(process.pid).with_context(|| format!("reading the descriptors of process {}", process.pid))?;
@@ -116,23 +108,16 @@ impl<'a> Table<'a> {
         }
     }
 
-    /// Holds the job's TCP connections.
-    pub(super) fn hold(&self, hold: &mut Hold) -> Result<()> {
-        let mut connections = Vec::new();
-        for found in self.pending.iter().filter(|f| f.probe.class() == Class::Socket) {
-            connections.extend(tcp::connection(found.probe.file.as_fd())?);
-        }
-        hold.add(&connections).context("holding the job's connections")
-    }
-
     /// Captures every description found so far, those in flight in sockets included.
     pub(super) fn capture(&mut self) -> Result<()> {
+        let tables = self.descriptors.values().flatten();
+        let stdio: HashSet<FileId> = tables.filter(|d| (0..=2).contains(&d.fd)).map(|d| d.file).collect();
         self.unix = unix::Peers::read(self.pending.iter().map(|f| &f.probe))?;
         while !self.pending.is_empty() {
             for found in std::mem::take(&mut self.pending) {
                 let probe = &found.probe;
                 let captured = self
-                    .capture_one(probe)
+                    .capture_one(probe, stdio.contains(&found.id))
                     .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
                 let owner = objects::owner(probe)?;
                 self.files.push(OpenFile {
@@ -144,23 +129,21 @@ impl<'a> Table<'a> {
                     version: captured.version,
                     payload: captured.payload,
                 });
-                if captured.kind == <TcpSocket as ckpt_common::image::Kind>::KIND {
-                    let record = objects::decode(captured.version, &self.files[self.files.len() - 1].payload)?;
-                    self.sockets.0.push((found.probe.file, record));
+                if probe.pid == std::process::id() as i32 {
+                    self.own.push(found.probe.file);
                 }
             }
         }
         Ok(())
     }
 
-    fn capture_one(&mut self, probe: &Probe) -> Result<Captured> {
-        if let Some(what) = super::plan::outside(probe, &self.groups_of_pipes(), &self.unix) {
-            let stdio = (0..=2).contains(&probe.fd);
+    fn capture_one(&mut self, probe: &Probe, stdio: bool) -> Result<Captured> {
+        if let Some(what) = plan::outside(probe, self.foreign) {
             let what = if stdio { OutsideKind::Stdio } else { what };
-            if stdio || super::plan::allowed(what, self.options) {
+            if stdio || self.options.allow.contains(plan::word(what)) {
                 return Captured::new(&Outside { what });
             }
-            bail!("it leads out of the job");
+            bail!("it leads out of the job since ckpt looked at it first");
         }
         match probe.class() {
             Class::PathFile => objects::path_file::capture(probe, self),
@@ -171,23 +154,16 @@ impl<'a> Table<'a> {
             Class::SignalFd => objects::anonymous::capture_signalfd(probe),
             Class::Epoll => objects::epoll::capture(probe, self),
             Class::Socket => match objects::socket_kind(probe)? {
-                objects::SocketKind::Tcp => Captured::new(&tcp::capture(probe.file.as_fd())?),
-                objects::SocketKind::Udp => Captured::new(&udp::capture(probe.file.as_fd())?),
-                objects::SocketKind::Unix => {
+                SocketKind::Unix => {
                     let peers = std::mem::take(&mut self.unix);
                     let captured = unix::capture(probe, &peers, self);
                     self.unix = peers;
                     captured
                 }
-                objects::SocketKind::Other => bail!("sockets of this family or type are not supported"),
+                SocketKind::Tcp | SocketKind::Udp | SocketKind::Other => bail!("this kind of socket is not supported"),
             },
             Class::Terminal | Class::Unknown => bail!("this kind of object is not supported"),
         }
-    }
-
-    /// Inodes of pipes with both ends in the job.
-    fn groups_of_pipes(&self) -> super::plan::PipeEnds {
-        self.pipe_ends.clone()
     }
 
     /// The descriptor table of a process.
@@ -221,10 +197,10 @@ impl<'a> Table<'a> {
         Ok(id)
     }
 
-    /// The records of all descriptions, and the connections.
-    pub(super) fn finish(mut self) -> Result<(Vec<OpenFile>, HeldSockets)> {
+    /// The records of all descriptions.
+    pub(super) fn finish(mut self) -> Result<Vec<OpenFile>> {
         self.capture()?;
-        Ok((self.files, self.sockets))
+        Ok(self.files)
     }
 }
 

@@ -11,7 +11,6 @@ mod process;
 mod thread;
 
 use crate::memory::staging::Staging;
-use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
 use crate::store::PartWriter;
 use crate::tracee::{freeze::Frozen, healing::Finder};
@@ -20,7 +19,7 @@ use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-pub use plan::{Blocker, Plan, ProcessSummary};
+pub use plan::{Blocker, Plan};
 
 /// What the operator asked for.
 #[derive(Clone, Debug, Default)]
@@ -44,8 +43,6 @@ pub struct CutReport {
     pub threads: usize,
     /// Bytes of memory copied.
     pub bytes: u64,
-    /// TCP connections, for the channel table.
-    pub connections: Vec<ckpt_common::image::tcp::TcpSocket>,
 }
 
 /// What becomes of the job at the end.
@@ -62,9 +59,6 @@ pub struct Session {
     options: Options,
     pids: Vec<i32>,
     plan: Plan,
-    hold: Option<Hold>,
-    // Declared before `frozen`: sockets leave repair mode and the hold ends before anything runs.
-    sockets: descriptors::HeldSockets,
     frozen: Option<Frozen>,
     processes: Vec<Process>,
     files: Vec<OpenFile>,
@@ -79,8 +73,6 @@ impl Session {
             pids: pids.to_vec(),
             plan,
             options,
-            hold: None,
-            sockets: descriptors::HeldSockets::default(),
             frozen: None,
             processes: Vec::new(),
             files: Vec::new(),
@@ -95,9 +87,6 @@ impl Session {
 
     /// Makes ready what the freeze should not wait for.
     pub fn arm(&mut self) -> Result<()> {
-        if !self.plan.connections.is_empty() {
-            self.hold = Some(Hold::load().context("loading the traffic hold")?);
-        }
         Ok(())
     }
 
@@ -105,12 +94,9 @@ impl Session {
     pub fn cut(&mut self) -> Result<CutReport> {
         let start = Instant::now();
         let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
-        if let Some(hold) = &mut self.hold {
-            hold.add(&descriptors::connections(&frozen)?).context("holding the job's connections")?;
-        }
         let mut finder = Finder::default();
-        let mut table = descriptors::Table::new(&frozen, &self.options, &mut self.staging)?;
-        table.collect(&frozen)?;
+        let mut table = descriptors::Table::new(&frozen, &self.options, &self.plan.foreign, &mut self.staging)?;
+        table.capture()?;
         let mut threads = 0;
         for process in frozen.processes.values_mut() {
             threads += process.threads.len();
@@ -118,15 +104,14 @@ impl Session {
                 .with_context(|| format!("capturing process {}", process.pid))?;
             self.processes.push(captured);
         }
-        let (files, sockets) = table.finish()?;
-        (self.files, self.sockets) = (files, sockets);
-        process::relate(&mut self.processes);
+        self.files = table.finish()?;
+        let pids: Vec<(i32, i32)> = frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
+        process::relate(&mut self.processes, &pids);
         let report = CutReport {
             took: start.elapsed(),
             processes: frozen.processes.len(),
             threads,
             bytes: self.staging.bytes(),
-            connections: self.sockets.records()?,
         };
         self.frozen = Some(frozen);
         Ok(report)
@@ -134,10 +119,6 @@ impl Session {
 
     /// Lets the job run on; its state stays staged for [`Self::save`].
     pub fn thaw(&mut self) -> Result<()> {
-        self.sockets.resume()?;
-        if let Some(hold) = &mut self.hold {
-            hold.release().context("ending the traffic hold")?;
-        }
         if let Some(frozen) = self.frozen.take() {
             frozen.thaw().context("letting the job run on")?;
         }
@@ -177,7 +158,6 @@ impl Session {
         for process in processes.iter().flatten() {
             wait_for_end(process)?;
         }
-        self.sockets.forget();
         Ok(())
     }
 }

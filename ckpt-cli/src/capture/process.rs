@@ -82,20 +82,24 @@ pub(super) fn capture(frozen: &mut FrozenProcess, finder: &mut Finder, table: &m
     process.pending = thread::pending(leader.tid, true)?;
     let arena = leader.map_arena(&pieces, heals, Arena::SMALL)?;
     // The arena must go whatever happens, so failures are looked at behind its removal.
-    let mut brk = 0;
-    let inside = (|| -> Result<()> {
-        brk = shared_state(leader, arena, &mut process)?;
-        for thread in &mut frozen.threads {
-            process.threads.push(thread::capture(thread, arena).with_context(|| format!("capturing thread {}", thread.tid))?);
-        }
-        Ok(())
-    })();
+    let inside = ask(&mut frozen.threads, arena, &mut process);
     if let Some(leader) = frozen.threads.first_mut() {
         leader.unmap_arena(&pieces, heals, arena)?;
     }
-    inside?;
+    let brk = inside?;
     process.mm = address_space::capture(pid, &proc, &maps, brk, table)?;
     Ok(process)
+}
+
+/// Asks from inside for what cannot be seen from outside; returns the end of the heap.
+fn ask(threads: &mut [Stopped], arena: Arena, process: &mut Process) -> Result<u64> {
+    let leader = threads.first_mut().context("it has no thread left")?;
+    let brk = shared_state(leader, arena, process)?;
+    for thread in threads {
+        let captured = thread::capture(thread, arena).with_context(|| format!("capturing thread {}", thread.tid))?;
+        process.threads.push(captured);
+    }
+    Ok(brk)
 }
 
 /// Runs the batch for what threads share; returns the end of the heap.

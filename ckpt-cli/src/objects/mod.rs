@@ -9,6 +9,7 @@ pub mod epoll;
 pub mod memory_file;
 pub mod path_file;
 pub mod pipe;
+pub mod unix;
 
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{Kind, MemoryId, file::FileId};
@@ -233,4 +234,39 @@ pub fn decode<K: Kind>(version: u16, payload: &[u8]) -> Result<K> {
         K::VERSION
     );
     rmp_serde::from_slice(payload).with_context(|| format!("decoding a {} record", K::KIND))
+}
+
+/// Families and types of sockets that are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketKind {
+    /// TCP over IPv4 or IPv6.
+    Tcp,
+    /// UDP over IPv4 or IPv6.
+    Udp,
+    /// Unix socket of any type.
+    Unix,
+    /// Anything else.
+    Other,
+}
+
+/// What kind of socket it is.
+pub fn socket_kind(probe: &Probe) -> Result<SocketKind> {
+    let option = |name| crate::sys::ioctl::sockopt_int(probe.file.as_fd(), libc::SOL_SOCKET, name);
+    let read = || -> std::io::Result<_> {
+        Ok((option(libc::SO_DOMAIN)?, option(libc::SO_TYPE)?, option(libc::SO_PROTOCOL)?))
+    };
+    Ok(match read().context("asking for a socket's kind")? {
+        (libc::AF_UNIX, ..) => SocketKind::Unix,
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => SocketKind::Tcp,
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => SocketKind::Udp,
+        _ => SocketKind::Other,
+    })
+}
+
+/// Who gets `SIGIO` for a description: (type, pid, signal), zeros where nobody does.
+pub fn owner(probe: &Probe) -> Result<(i32, i32, i32)> {
+    if probe.info.flags & libc::O_PATH != 0 {
+        return Ok((0, 0, 0));
+    }
+    crate::sys::ioctl::owner(probe.file.as_fd()).context("asking for the owner of a descriptor (F_GETOWN_EX)")
 }

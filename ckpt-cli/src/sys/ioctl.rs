@@ -20,6 +20,14 @@ pub fn readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(n as usize)
 }
 
+/// SIOCOUTQ: bytes sent that the other side has not taken.
+pub fn unsent(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives across the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) }.into())?;
+    Ok(n as usize)
+}
+
 /// Reads a socket option whose value is a plain integer structure, as bytes.
 pub fn sockopt(fd: BorrowedFd<'_>, level: i32, name: i32, max: usize) -> io::Result<Vec<u8>> {
     let mut value = vec![0u8; max];
@@ -63,5 +71,39 @@ pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
     unsafe {
         let fd = check(libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, libc::SFD_CLOEXEC))?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// Receiver of `SIGIO` (F_GETOWN_EX, F_GETSIG): (type, pid, signal).
+pub fn owner(fd: BorrowedFd<'_>) -> io::Result<(i32, i32, i32)> {
+    /// `struct f_owner_ex`
+    #[repr(C)]
+    #[derive(Default)]
+    struct Owner {
+        kind: i32,
+        pid: i32,
+    }
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETSIG: i32 = 11;
+    let mut owner = Owner::default();
+    // SAFETY: the first request writes the structure, which lives across the call; the second has no argument.
+    let signal = unsafe {
+        check(libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner).into())?;
+        check(libc::fcntl(fd.as_raw_fd(), F_GETSIG).into())?
+    };
+    Ok(if owner.pid == 0 { (0, 0, signal as i32) } else { (owner.kind, owner.pid, signal as i32) })
+}
+
+/// Sets the receiver of `SIGIO`.
+pub fn set_owner(fd: BorrowedFd<'_>, (kind, pid, signal): (i32, i32, i32)) -> io::Result<()> {
+    const F_SETOWN_EX: i32 = 15;
+    const F_SETSIG: i32 = 10;
+    let owner = [kind, pid];
+    // SAFETY: the structure of two ints is only read.
+    unsafe {
+        if pid != 0 {
+            check(libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, owner.as_ptr()).into())?;
+        }
+        check(libc::fcntl(fd.as_raw_fd(), F_SETSIG, signal).into()).map(drop)
     }
 }

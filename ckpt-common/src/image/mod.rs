@@ -4,9 +4,20 @@
 //! payload) and the page maps that point into packs. A payload is MessagePack with named fields,
 //! so a field can be added without breaking older readers.
 
+pub mod digest;
+pub mod error;
 pub mod file;
 pub mod objects;
+pub mod manifest;
+pub mod pack;
+pub mod pages;
+pub mod part;
 pub mod process;
+pub mod record;
+pub mod unix;
+
+pub use digest::Digest;
+pub use error::FormatError;
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -19,6 +30,8 @@ pub trait Kind: Serialize + DeserializeOwned {
     const KIND: &'static str;
     /// Version of the payload. A reader refuses versions above its own.
     const VERSION: u16;
+    /// Must a reader that does not know the kind refuse the image?
+    const REQUIRED: bool = true;
 }
 
 /// Identity of a memory object in one part: the address space of a process, a shared memory

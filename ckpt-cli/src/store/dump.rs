@@ -1,0 +1,248 @@
+//! A dump in the making: its temporary directory, its locks, its commit, and its end.
+
+use super::{JobName, Result, Store, StoreError, files};
+use ckpt_common::image::manifest::{Checkpoint, Manifest};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{File, TryLockError},
+    io::ErrorKind,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// Identity of a dump: the name of its temporary directory. Agents show by it that they see the
+/// same store as the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DumpId(String);
+
+impl DumpId {
+    /// Its text: 32 hexadecimal digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Is it what [`Workspace::create`] makes? (It becomes part of a path.)
+    fn is_valid(&self) -> bool {
+        self.0.len() == 32 && self.0.bytes().all(|byte| byte.is_ascii_hexdigit())
+    }
+}
+
+/// A temporary directory and the lock that says that its owner lives.
+pub(super) struct Workspace {
+    store: Store,
+    id: DumpId,
+    lock: File,
+    kept: bool,
+}
+
+impl Workspace {
+    pub(super) fn create(store: &Store) -> Result<Self> {
+        loop {
+            let id = DumpId(files::token()?);
+            let path = lock_path(store, &id);
+            let lock = files::open_lock(&path)?;
+            // A sweep may have met the file between its creation and our lock.
+            if try_lock(&lock, &path)? && lock.metadata().is_ok_and(|meta| meta.nlink() > 0) {
+                let workspace = Self { store: store.clone(), id, lock, kept: false };
+                files::make_dir(&workspace.directory())?;
+                return Ok(workspace);
+            }
+        }
+    }
+
+    pub(super) fn directory(&self) -> PathBuf {
+        self.store.tmp().join(&self.id.0)
+    }
+
+    /// Drops the temporary files and leaves alone what was put into place.
+    pub(super) fn keep(mut self) -> Result<()> {
+        self.kept = true;
+        clear(&self.store, &self.id, true)
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What cannot be removed now is removed by the next dump's sweep.
+            let _ = clear(&self.store, &self.id, false);
+        }
+        let _ = self.lock.unlock();
+    }
+}
+
+/// A dump of a job, from the coordinator's side: it holds the job's lock, and until
+/// [`Dump::commit`] nothing of it is visible. Dropped before, everything it wrote is removed.
+pub struct Dump {
+    workspace: Workspace,
+    job: JobName,
+    number: u64,
+    /// Held for as long as the dump lives.
+    _job_lock: File,
+}
+
+impl Store {
+    /// Begins a dump of `job`, after removing what dead dumps have left.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] while another dump of the same job is under way.
+    pub fn begin_dump(&self, job: &JobName) -> Result<Dump> {
+        let directory = self.job_path(job);
+        files::make_dir(&directory)?;
+        files::sync_dir(&self.root().join("jobs"))?;
+        let path = directory.join("lock");
+        let job_lock = files::open_lock(&path)?;
+        if !try_lock(&job_lock, &path)? {
+            return Err(StoreError::Locked { job: job.to_string(), path });
+        }
+        self.sweep()?;
+        let number = self.numbers(job)?.last().map_or(1, |last| last + 1);
+        let workspace = Workspace::create(self)?;
+        Ok(Dump { workspace, job: job.clone(), number, _job_lock: job_lock })
+    }
+
+    /// Directory of a living dump: the proof that this node sees the coordinator's store.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if it is not there.
+    pub fn dump_directory(&self, id: &DumpId) -> Result<PathBuf> {
+        let directory = self.tmp().join(&id.0);
+        if !id.is_valid() || !directory.is_dir() {
+            let what = format!("dump {} is not under way", id.0);
+            return Err(StoreError::NotFound { what, path: self.root().to_owned() });
+        }
+        Ok(directory)
+    }
+
+    /// Removes what dumps have left whose coordinator is dead. A living dump holds its lock.
+    fn sweep(&self) -> Result<()> {
+        let tmp = self.tmp();
+        for entry in std::fs::read_dir(&tmp).map_err(StoreError::io("read directory", &tmp))? {
+            let path = entry.map_err(StoreError::io("read directory", &tmp))?.path();
+            let id = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".lock"));
+            let Some(id) = id.map(|id| DumpId(id.to_owned())).filter(DumpId::is_valid) else { continue };
+            let lock = match File::options().read(true).write(true).open(&path) {
+                Ok(lock) => lock,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(StoreError::io("open lock", path)(error)),
+            };
+            if try_lock(&lock, &path)? {
+                let committed = self.is_committed(&id);
+                tracing::info!(dump = id.0, committed, "removing what a dead dump has left");
+                clear(self, &id, committed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does a manifest come from this dump? When in doubt: yes.
+    fn is_committed(&self, id: &DumpId) -> bool {
+        let all = self.jobs().and_then(|jobs| {
+            let jobs = jobs.iter().map(|job| self.checkpoints(job));
+            Ok(jobs.collect::<Result<Vec<_>>>()?.concat())
+        });
+        all.map_or(true, |all| all.iter().any(|checkpoint| checkpoint.manifest.dump == id.0))
+    }
+}
+
+impl Dump {
+    /// Its identity, for the agents.
+    pub fn id(&self) -> &DumpId {
+        &self.workspace.id
+    }
+
+    /// Number that the checkpoint will have.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Makes the checkpoint visible: all its parts must be durable. Fills in job, number and dump.
+    pub fn commit(self, mut manifest: Manifest) -> Result<Checkpoint> {
+        let store = self.workspace.store.clone();
+        manifest.job = self.job.to_string();
+        manifest.number = self.number;
+        manifest.dump = self.workspace.id.0.clone();
+        let (text, id) = manifest.encode()?;
+        let temporary = self.workspace.directory().join("manifest");
+        files::write_new(&temporary, &[&text])?;
+        let directory = store.job_path(&self.job);
+        files::rename(&temporary, &directory.join(format!("{}.json", self.number)))?;
+        // From here on the checkpoint exists, so its files stay whatever happens next.
+        let flushed = files::sync_dir(&directory);
+        if let Err(error) = self.workspace.keep() {
+            tracing::warn!(%error, "the checkpoint is committed, but temporary files remain");
+        }
+        flushed?;
+        Ok(Checkpoint { id, manifest })
+    }
+}
+
+fn lock_path(store: &Store, id: &DumpId) -> PathBuf {
+    store.tmp().join(format!("{}.lock", id.0))
+}
+
+fn try_lock(file: &File, path: &Path) -> Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(StoreError::io("lock", path)(error)),
+    }
+}
+
+/// Removes a dump's temporary files and, unless it was committed, what its writers have put into
+/// place. The caller holds its lock.
+///
+/// The directory is renamed first: a writer that is still alive can then neither move a file to
+/// its place nor begin another one, so its lists are complete when they are read.
+fn clear(store: &Store, id: &DumpId, committed: bool) -> Result<()> {
+    let (living, dead) = (store.tmp().join(&id.0), store.tmp().join(format!("{}.dead", id.0)));
+    match std::fs::rename(&living, &dead) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(StoreError::io("rename", living)(error));
+        }
+        _ => {}
+    }
+    if dead.is_dir() {
+        if !committed {
+            remove_published(store, &dead)?;
+        }
+        std::fs::remove_dir_all(&dead).map_err(StoreError::io("remove", dead))?;
+    }
+    let lock = lock_path(store, id);
+    std::fs::remove_file(&lock).map_err(StoreError::io("remove", lock))
+}
+
+fn remove_published(store: &Store, directory: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(directory).map_err(StoreError::io("read directory", directory))? {
+        let path = entry.map_err(StoreError::io("read directory", directory))?.path();
+        if path.extension().is_none_or(|extension| extension != "names") {
+            continue;
+        }
+        let list = files::read_capped(&path, 64 << 20)?;
+        for name in String::from_utf8_lossy(&list).lines() {
+            let file = name.strip_prefix("packs/").or_else(|| name.strip_prefix("parts/"));
+            // A list that was cut off by a crash was not acted upon beyond its whole lines.
+            if !file.is_some_and(|file| !file.contains('/') && !file.starts_with('.')) {
+                continue;
+            }
+            let path = store.root().join(name);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(StoreError::io("remove", path)(error));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+impl Dump {
+    /// What a kill does: the lock is gone, nothing is cleaned up.
+    pub(super) fn kill(self) {
+        let dump = std::mem::ManuallyDrop::new(self);
+        dump.workspace.lock.unlock().expect("lock was held");
+    }
+}

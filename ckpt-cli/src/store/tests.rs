@@ -1,0 +1,366 @@
+//! The store as a whole: round trips, commit and abort, dead dumps, damage.
+
+use super::*;
+use ckpt_common::image::{
+    MemoryId, PAGE_SIZE,
+    file::{FileId, OpenFile},
+    manifest::{Checkpoint, Manifest, NodePart, PartRef},
+    record::RawRecord,
+};
+use proptest::prelude::*;
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
+use tempfile::TempDir;
+
+type Memory = BTreeMap<u32, BTreeMap<u64, Vec<u8>>>;
+
+fn new_store() -> (TempDir, Store) {
+    let directory = TempDir::new().unwrap();
+    let store = Store::create(&directory.path().join("store")).unwrap();
+    (directory, store)
+}
+
+fn job(name: &str) -> JobName {
+    name.parse().unwrap()
+}
+
+fn file(id: u32) -> OpenFile {
+    OpenFile {
+        id: FileId(id),
+        flags: 0,
+        owner: (0, 0, 0),
+        label: "pipe:[1]".into(),
+        kind: "pipe".into(),
+        version: 1,
+        payload: vec![id as u8; 100],
+    }
+}
+
+/// A page of one of several kinds: zeros, compressible, not compressible.
+fn page(kind: u8, seed: u64) -> Vec<u8> {
+    match kind % 3 {
+        0 => vec![0; PAGE_SIZE],
+        1 => (0..PAGE_SIZE).map(|i| (i / 64) as u8 ^ seed as u8).collect(),
+        _ => {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(&seed.to_le_bytes());
+            let mut page = vec![0; PAGE_SIZE];
+            hasher.finalize_xof().fill(&mut page);
+            page
+        }
+    }
+}
+
+fn memory(objects: u32, pages: u64) -> Memory {
+    let object = |id: u32| (0..pages).map(move |n| (n * 3 / 2, page((n + u64::from(id)) as u8, n))).collect();
+    (0..objects).map(|id| (id * 7, object(id))).collect()
+}
+
+fn write(store: &Store, options: PartOptions, memory: &Memory) -> PartRef {
+    let mut part = store.part_writer(options).unwrap();
+    part.record(&file(1)).unwrap();
+    part.record(&file(2)).unwrap();
+    for (&id, pages) in memory {
+        part.memory(MemoryId(id)).unwrap();
+        for (&number, content) in pages {
+            part.pages(number, content).unwrap();
+        }
+    }
+    part.finish().unwrap()
+}
+
+fn read(store: &Store, part: &PartRef) -> Result<Memory> {
+    let part = store.open_part(part)?;
+    part.check_known()?;
+    let mut memory = Memory::new();
+    for id in part.memories() {
+        let object = memory.entry(id.0).or_default();
+        part.for_each_run(id, |first, data| {
+            let pages: Vec<_> = match data {
+                RunData::Zero(count) => (0..count).map(|_| vec![0; PAGE_SIZE]).collect(),
+                RunData::Data(data) => data.chunks(PAGE_SIZE).map(<[u8]>::to_vec).collect(),
+            };
+            object.extend((first..).zip(pages));
+            Ok::<_, StoreError>(())
+        })?;
+    }
+    Ok(memory)
+}
+
+fn commit(store: &Store, name: &str, memory: &Memory) -> Checkpoint {
+    let dump = store.begin_dump(&job(name)).unwrap();
+    let options = PartOptions { dump: Some(dump.id().clone()), ..Default::default() };
+    let part = write(store, options, memory);
+    dump.commit(manifest(part)).unwrap()
+}
+
+fn manifest(part: PartRef) -> Manifest {
+    let node = NodePart {
+        name: "node1".into(),
+        kernel: "6.18".into(),
+        part,
+        addresses: Vec::new(),
+        processes: Vec::new(),
+    };
+    Manifest { nodes: vec![node], ..Default::default() }
+}
+
+fn files_in(store: &Store, directory: &str) -> usize {
+    fs::read_dir(store.root().join(directory)).unwrap().count()
+}
+
+#[test]
+fn what_was_written_is_read() {
+    let (_directory, store) = new_store();
+    for compress in [Compress::None, Compress::Zstd(1)] {
+        let memory = memory(3, 700);
+        let part = write(&store, PartOptions { compress, dump: None }, &memory);
+        assert!(read(&store, &part).unwrap() == memory);
+        let pages = memory.values().flat_map(BTreeMap::values);
+        let zero = pages.filter(|page| page.iter().all(|&byte| byte == 0)).count() as u64;
+        assert_eq!((part.zero_pages, part.data_pages), (zero, 2100 - zero));
+        let records = store.open_part(&part).unwrap().read::<OpenFile>().unwrap();
+        assert_eq!(records, [file(1), file(2)]);
+    }
+    assert_eq!(files_in(&store, "tmp"), 0);
+}
+
+#[test]
+fn compression_makes_smaller_and_incompressible_chunks_are_plain() {
+    let (_directory, store) = new_store();
+    let object = |kind| Memory::from([(0, (0..64).map(|n| (n, page(kind, n))).collect())]);
+    let stored = |compress, kind| {
+        write(&store, PartOptions { compress, dump: None }, &object(kind))
+            .packs
+            .iter()
+            .map(|p| p.bytes)
+            .sum::<u64>()
+    };
+    assert!(stored(Compress::Zstd(1), 1) < 64 * PAGE_SIZE as u64 / 10);
+    assert_eq!(stored(Compress::Zstd(1), 2), stored(Compress::None, 2));
+    assert_eq!(stored(Compress::Zstd(1), 0), 0);
+}
+
+#[test]
+fn an_object_without_pages_is_not_a_missing_one() {
+    let (_directory, store) = new_store();
+    let part = write(&store, PartOptions::default(), &Memory::from([(4, BTreeMap::new())]));
+    let part = store.open_part(&part).unwrap();
+    assert_eq!(part.memories(), [MemoryId(4)]);
+    assert!(part.page_map(MemoryId(4)).unwrap().is_empty());
+    let error = part.page_map(MemoryId(5)).unwrap_err().to_string();
+    assert!(error.ends_with("part is damaged: memory object 5 is missing"), "{error}");
+}
+
+#[test]
+fn mistakes_of_the_writer_are_refused() {
+    let (_directory, store) = new_store();
+    let mut part = store.part_writer(PartOptions::default()).unwrap();
+    assert!(part.pages(0, &page(1, 1)).is_err());
+    part.memory(MemoryId(1)).unwrap();
+    part.pages(5, &page(1, 1)).unwrap();
+    assert!(part.pages(5, &page(1, 1)).is_err());
+    assert!(part.pages(6, &[1; 100]).is_err());
+    assert!(part.memory(MemoryId(1)).is_err());
+}
+
+#[test]
+fn nothing_is_visible_before_the_commit_and_nothing_stays_of_an_abort() {
+    let (_directory, store) = new_store();
+    let dump = store.begin_dump(&job("shop")).unwrap();
+    let options = PartOptions { dump: Some(dump.id().clone()), ..Default::default() };
+    let finished = write(&store, options.clone(), &memory(1, 40));
+    let mut unfinished = store.part_writer(options).unwrap();
+    unfinished.memory(MemoryId(0)).unwrap();
+    unfinished.pages(0, &page(2, 0).repeat(40)).unwrap();
+    assert_eq!(store.jobs().unwrap(), []);
+    assert!(matches!(store.begin_dump(&job("shop")), Err(StoreError::Locked { .. })));
+    store.begin_dump(&job("other")).unwrap();
+    drop(dump);
+    assert!(unfinished.finish().is_err());
+    assert_eq!([files_in(&store, "tmp"), files_in(&store, "parts"), files_in(&store, "packs")], [0, 0, 0]);
+    assert!(matches!(store.open_part(&finished), Err(StoreError::Missing { .. })));
+    assert_eq!(commit(&store, "shop", &memory(1, 40)).name(), "shop@1");
+}
+
+#[test]
+fn a_dropped_writer_leaves_nothing() {
+    let (_directory, store) = new_store();
+    let dump = store.begin_dump(&job("shop")).unwrap();
+    let mut part =
+        store.part_writer(PartOptions { dump: Some(dump.id().clone()), ..Default::default() }).unwrap();
+    part.memory(MemoryId(0)).unwrap();
+    part.pages(0, &page(2, 0).repeat(400)).unwrap();
+    drop(part);
+    assert_eq!(fs::read_dir(store.dump_directory(dump.id()).unwrap()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_next_dump_sweeps_what_a_dead_one_left_and_only_that() {
+    let (_directory, store) = new_store();
+    let kept = commit(&store, "shop", &memory(1, 40));
+    // Killed after its part was durable: its lock is free, nothing else was cleaned up.
+    let killed = store.begin_dump(&job("shop")).unwrap();
+    let options = PartOptions { dump: Some(killed.id().clone()), ..Default::default() };
+    write(&store, options, &memory(1, 40));
+    let living = store.begin_dump(&job("living")).unwrap();
+    let options = PartOptions { dump: Some(living.id().clone()), ..Default::default() };
+    let part = write(&store, options, &memory(2, 40));
+    assert_eq!(files_in(&store, "parts"), 3);
+    killed.kill();
+    drop(store.begin_dump(&job("third")).unwrap());
+    assert_eq!(files_in(&store, "parts"), 2);
+    let living = living.commit(manifest(part)).unwrap();
+    for checkpoint in [kept, living] {
+        assert_eq!(store.verify(&checkpoint, 100).problems, []);
+    }
+    assert_eq!(files_in(&store, "tmp"), 0);
+}
+
+#[test]
+fn a_dump_killed_right_after_its_commit_is_not_swept() {
+    let (_directory, store) = new_store();
+    let dump = store.begin_dump(&job("shop")).unwrap();
+    let options = PartOptions { dump: Some(dump.id().clone()), ..Default::default() };
+    let mut manifest = manifest(write(&store, options, &memory(1, 40)));
+    (manifest.job, manifest.number, manifest.dump) = ("shop".into(), 1, dump.id().as_str().into());
+    fs::write(store.root().join("jobs/shop/1.json"), manifest.encode().unwrap().0).unwrap();
+    dump.kill();
+    drop(store.begin_dump(&job("other")).unwrap());
+    assert_eq!(files_in(&store, "tmp"), 0);
+    let checkpoint = store.resolve("shop").unwrap();
+    assert_eq!(store.verify(&checkpoint, 100).problems, []);
+}
+
+#[test]
+fn checkpoints_are_found_by_every_name_they_have() {
+    let (_directory, store) = new_store();
+    let first = commit(&store, "shop", &memory(1, 4));
+    let second = commit(&store, "shop", &memory(1, 4));
+    for name in ["shop", "shop@2", "shop@latest", &second.id.to_string()[..12]] {
+        assert_eq!(store.resolve(name).unwrap(), second, "{name}");
+    }
+    assert_eq!(store.resolve("shop@1").unwrap(), first);
+    assert_eq!(store.jobs().unwrap(), [job("shop")]);
+    for name in ["shop@3", "shop@x", "nothing", "", "../shop", "0000"] {
+        assert!(matches!(store.resolve(name), Err(StoreError::NotFound { .. })), "{name}");
+    }
+    for name in ["", "a/b", "..", "-x", "a b"] {
+        assert!(name.parse::<JobName>().is_err(), "{name}");
+    }
+}
+
+#[test]
+fn a_directory_with_other_files_does_not_become_a_store() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("thesis.tex"), "x").unwrap();
+    assert!(matches!(Store::create(directory.path()), Err(StoreError::NoStore { .. })));
+    assert!(matches!(Store::open(directory.path()), Err(StoreError::NoStore { .. })));
+    let (_directory, store) = new_store();
+    fs::write(store.root().join("version"), "ckpt store 2\n").unwrap();
+    let error = Store::open(store.root()).unwrap_err().to_string();
+    assert!(error.contains("store has version 2, but this ckpt reads only up to version 1"), "{error}");
+}
+
+#[test]
+fn only_the_owner_can_read() {
+    let (_directory, store) = new_store();
+    commit(&store, "shop", &memory(1, 40));
+    let mut todo = vec![store.root().to_owned()];
+    while let Some(path) = todo.pop() {
+        let meta = fs::metadata(&path).unwrap();
+        let mode = if meta.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(meta.permissions().mode() & 0o777, mode, "{}", path.display());
+        if meta.is_dir() {
+            todo.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+#[test]
+fn unknown_required_records_are_named() {
+    let (_directory, store) = new_store();
+    let dump = store.begin_dump(&job("shop")).unwrap();
+    let options = PartOptions { dump: Some(dump.id().clone()), ..Default::default() };
+    let mut part = store.part_writer(options).unwrap();
+    let record = RawRecord { kind: "hologram", version: 1, required: true, payload: &[] };
+    part.raw_record(&record).unwrap();
+    let part = part.finish().unwrap();
+    let error = store.open_part(&part).unwrap().check_known().unwrap_err().to_string();
+    assert!(error.contains("unknown kind `hologram`"), "{error}");
+    let checkpoint = dump.commit(manifest(part)).unwrap();
+    assert_eq!(store.verify(&checkpoint, 100).problems.len(), 1);
+}
+
+/// Every file of a checkpoint, damaged in many places, one after the other: reading must give an
+/// error or what was written, and `verify` must always complain.
+#[test]
+fn damage_is_always_found() {
+    let (_directory, store) = new_store();
+    let memory = memory(2, 100);
+    let checkpoint = commit(&store, "shop", &memory);
+    let node = &checkpoint.manifest.nodes[0];
+    let paths = [
+        store.part_path(node.part.id),
+        store.pack_path(node.part.packs[0].id),
+        store.root().join("jobs/shop/1.json"),
+    ];
+    let check = |what: String| {
+        let resolved = store.resolve("shop@1");
+        let problems = match &resolved {
+            Ok(checkpoint) => store.verify(checkpoint, 100).problems,
+            Err(StoreError::Damaged { .. } | StoreError::NotFound { .. }) => return,
+            Err(error) => panic!("{what}: {error}"),
+        };
+        assert_ne!(problems, [], "{what}");
+        match read(&store, &node.part) {
+            Ok(found) => assert!(found == memory, "{what}: wrong content"),
+            Err(StoreError::Damaged { .. } | StoreError::Missing { .. }) => {}
+            Err(error) => panic!("{what}: {error}"),
+        }
+    };
+    for path in paths {
+        let good = fs::read(&path).unwrap();
+        // Ends completely, the middle in steps: headers, tables, indexes, chunks, records, maps.
+        let positions = (0..good.len()).filter(|&n| n < 200 || n + 300 > good.len() || n % 397 == 0);
+        for position in positions {
+            let mut bad = good.clone();
+            bad[position] ^= 1 << (position % 8);
+            fs::write(&path, &bad).unwrap();
+            check(format!("{}: byte {position} flipped", path.display()));
+        }
+        for length in [0, 1, 31, 50, good.len() / 2, good.len() - 1] {
+            fs::write(&path, &good[..length]).unwrap();
+            check(format!("{}: cut at {length}", path.display()));
+        }
+        fs::write(&path, [&good[..], &good[..]].concat()).unwrap();
+        check(format!("{}: doubled", path.display()));
+        fs::remove_file(&path).unwrap();
+        check(format!("{}: removed", path.display()));
+        fs::write(&path, &good).unwrap();
+    }
+    assert_eq!(store.verify(&store.resolve("shop@1").unwrap(), 100).problems, []);
+}
+
+#[test]
+fn verify_reads_as_much_as_it_was_asked_to() {
+    let (_directory, store) = new_store();
+    let checkpoint = commit(&store, "shop", &memory(1, 2400));
+    let all = store.verify(&checkpoint, 100);
+    let pages = checkpoint.manifest.nodes[0].part.data_pages;
+    assert_eq!((all.chunks, all.bytes), (100, pages * PAGE_SIZE as u64));
+    assert_eq!(store.verify(&checkpoint, 10).chunks, 10);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn any_memory_round_trips(
+        objects in proptest::collection::btree_map(0u32..9, proptest::collection::btree_map(
+            0u64..400, (any::<u8>(), 0u64..5).prop_map(|(kind, seed)| page(kind, seed)), 0..90), 0..4),
+    ) {
+        let (_directory, store) = new_store();
+        let part = write(&store, PartOptions::default(), &objects);
+        prop_assert!(read(&store, &part).unwrap() == objects);
+    }
+}
