@@ -3,6 +3,7 @@
 pub mod capture;
 pub mod memory;
 pub mod objects;
+pub mod rebuild;
 pub mod store;
 pub mod sys;
 pub mod tracee;
