@@ -25,12 +25,13 @@ fn main() -> anyhow::Result<()> {
             let store = store::Store::open(dir)?;
             let r = serde_json::from_slice(&std::fs::read(dir.join("ref.json"))?)?;
             let part = store.open_part(&r)?;
-            let mut s = rebuild::Session::plan(part, rebuild::Options { stdio: rebuild::Stdio::Inherit, ..Default::default() })?;
+            let mut s = rebuild::Session::plan(part, rebuild::Options { stdio: rebuild::Stdio::Inherit, pids: if std::env::var_os("NS").is_some() { rebuild::Pids::Namespace } else { rebuild::Pids::Auto }, ..Default::default() })?;
             for b in s.obstacles() { eprintln!("obstacle {b:?}"); }
             let t = std::time::Instant::now();
             s.build()?;
             eprintln!("built {:?}", t.elapsed());
             eprintln!("released {:?}", s.release()?);
+            if std::env::var_os("NS").is_some() { eprintln!("{:?}", nix::sys::wait::wait()); }
         }
     }
     Ok(())
