@@ -1,1 +1,3 @@
 //! What the tests share: the test cluster and the workloads.
+
+pub mod cluster;

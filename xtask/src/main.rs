@@ -2,12 +2,14 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command for people, not a library")]
 
 mod check;
+mod cluster;
 mod command;
 mod ebpf;
 mod setup;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -29,6 +31,12 @@ enum Task {
         #[arg(long)]
         fast: bool,
     },
+    /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
+    Cluster {
+        /// What to do
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        arguments: Vec<OsString>,
+    },
     /// Build the programs of the kernel and record the object under ckpt-ebpf/prebuilt
     BuildEbpf {
         /// Compare with the recorded object instead of writing it
@@ -42,6 +50,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::packages(),
         Task::Lint => check::lint(),
         Task::Test { fast } => check::test(fast),
+        Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };
     finish(result)
