@@ -273,6 +273,28 @@ impl Node {
             .with_context(|| format!("start a command in {}", self.name))
     }
 
+    /// Does some work in the network of the node, on a thread of its own: sockets made there belong
+    /// to the node's network wherever they are used.
+    ///
+    /// # Errors
+    /// The node is gone.
+    ///
+    /// # Panics
+    /// The work panics.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = self.network_path();
+        let network = fs::File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let enter = move || -> Result<T> {
+            nix::sched::setns(network, nix::sched::CloneFlags::CLONE_NEWNET).context("enter the network")?;
+            Ok(work())
+        };
+        std::thread::scope(|scope| scope.spawn(enter).join().expect("the work panicked"))
+    }
+
+    fn network_path(&self) -> PathBuf {
+        Path::new("/proc").join(self.init.to_string()).join("ns/net")
+    }
+
     /// The machine's path to a file in the node.
     pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();

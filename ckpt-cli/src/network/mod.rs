@@ -1,0 +1,3 @@
+//! The job's network: the user side of the programs in the kernel, and the map of addresses.
+
+pub mod hold;
