@@ -1,7 +1,7 @@
 //! Socket options and ioctls that nix does not wrap, as typed values.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Reads an option whose value has a fixed size.
@@ -68,6 +68,40 @@ pub fn input_queue(socket: BorrowedFd<'_>) -> io::Result<usize> {
 pub fn output_queue(socket: BorrowedFd<'_>) -> io::Result<usize> {
     queue(socket, libc::TIOCOUTQ)
 }
+
+/// Bytes in a TCP send queue that were never sent (`SIOCOUTQNSD`, linux/sockios.h).
+///
+/// # Errors
+/// The kernel's; `EINVAL` for a listening socket.
+pub fn unsent(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    queue(socket, SIOCOUTQNSD)
+}
+
+/// Accepts a connection; the descriptor is close-on-exec.
+///
+/// # Errors
+/// The kernel's.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let none = std::ptr::null_mut();
+    // SAFETY: no address is asked for; a non-negative result is a new descriptor that nobody else owns.
+    unsafe {
+        let fd = libc::accept4(listener.as_raw_fd(), none, none.cast(), libc::SOCK_CLOEXEC);
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+    }
+}
+
+/// Which of the events that poll(2) knows have happened; `POLLERR` and `POLLHUP` unasked.
+///
+/// # Errors
+/// The kernel's.
+pub fn events(socket: BorrowedFd<'_>, wanted: i16) -> io::Result<i16> {
+    let mut fd = libc::pollfd { fd: socket.as_raw_fd(), events: wanted, revents: 0 };
+    // SAFETY: one structure that lives through the call, and no waiting.
+    let result = unsafe { libc::poll(&raw mut fd, 1, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(fd.revents) }
+}
+
+const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 
 fn queue(socket: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
