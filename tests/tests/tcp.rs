@@ -1,4 +1,5 @@
 //! TCP sockets, captured on two nodes and rebuilt on two others with other addresses.
+#![expect(clippy::print_stdout, reason = "times are for people to look at, not to assert on")]
 
 use anyhow::{Context, Result, ensure};
 use ckpt_cli::network::addresses::AddressMap;
@@ -60,12 +61,12 @@ impl Moved {
 
     /// Rebuilds both ends, and tells how long it took from the barrier to the end.
     fn rebuild_both(&self, one: &TcpSocket, two: &TcpSocket) -> Result<(TcpStream, TcpStream, Duration)> {
-        let (first, one) = self.rebuild(3, one, Some(two)).and_then(|first| Ok((first, one)))?;
-        let (second, two_fd) = self.rebuild(4, two, Some(one))?;
+        let (first, first_fd) = self.rebuild(3, one, Some(two))?;
+        let (second, second_fd) = self.rebuild(4, two, Some(one))?;
         let start = Instant::now();
-        first.0.connect()?;
+        first.connect()?;
         second.connect()?;
-        Ok((first.1.into(), two_fd.into(), start.elapsed()))
+        Ok((first_fd.into(), second_fd.into(), start.elapsed()))
     }
 
     /// The whole way for one connection: both ends live on, on other nodes, under other addresses.
@@ -158,7 +159,7 @@ fn fifty_connections(hold: bool) -> Result<()> {
                 while !stop.load(Ordering::Relaxed) {
                     end.write(300_000)?;
                     // Some read less often than the others: their queues fill.
-                    if end.read.0 % 3 > 0 || end.written.1 % 4 > 0 {
+                    if !end.read.0.is_multiple_of(3) || !end.written.1.is_multiple_of(4) {
                         end.read(Duration::from_millis(1))?;
                     }
                 }
