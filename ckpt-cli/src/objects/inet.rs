@@ -163,6 +163,12 @@ pub fn is_ipv6(fd: BorrowedFd<'_>) -> io::Result<Option<bool>> {
     }
 }
 
+/// Has the socket a filter program (`SO_ATTACH_FILTER`)? It could not be put back.
+pub fn has_filter(fd: BorrowedFd<'_>) -> bool {
+    // For an empty buffer the kernel tells the number of instructions; for an eBPF program, EACCES.
+    socket::get_into(fd, SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut []).map_or(true, |length| length > 0)
+}
+
 /// The address the socket is bound to.
 ///
 /// # Errors
@@ -184,7 +190,11 @@ pub fn peer(fd: BorrowedFd<'_>) -> io::Result<Option<Address>> {
     }
 }
 
-fn convert(address: SockaddrStorage) -> io::Result<Address> {
+/// An address as the kernel gives it.
+///
+/// # Errors
+/// It is of another family.
+pub fn convert(address: SockaddrStorage) -> io::Result<Address> {
     let four = address.as_sockaddr_in().map(|four| SocketAddr::from(std::net::SocketAddrV4::from(*four)));
     let six = address.as_sockaddr_in6().map(|six| SocketAddr::from(std::net::SocketAddrV6::from(*six)));
     let address = four.or(six).ok_or_else(|| io::Error::other("not an Internet address"))?;

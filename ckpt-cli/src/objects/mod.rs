@@ -11,6 +11,7 @@ pub mod memory_file;
 pub mod path_file;
 pub mod pipe;
 pub mod tcp;
+pub mod udp;
 pub mod unix;
 
 use anyhow::{Context as _, Result};

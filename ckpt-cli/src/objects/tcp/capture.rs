@@ -15,8 +15,6 @@ use std::os::fd::BorrowedFd;
 const IPPROTO_MPTCP: i32 = 262;
 /// linux/tcp.h.
 const TCP_ULP: i32 = 31;
-/// asm-generic/socket.h: `SO_ATTACH_FILTER` for reading.
-const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
 /// How often a receive queue is read until nothing arrives in between.
 const ATTEMPTS: usize = 100;
 
@@ -162,8 +160,7 @@ fn refuse(fd: BorrowedFd<'_>) -> Result<(), CaptureError> {
     if !name.is_empty() {
         return Err(CaptureError::UpperProtocol(String::from_utf8_lossy(name).into_owned()));
     }
-    // The length of a filter is told for an empty buffer, and counts instructions.
-    if socket::get_into(fd, libc::SOL_SOCKET, SO_GET_FILTER, &mut []).map_or(true, |length| length > 0) {
+    if inet::has_filter(fd) {
         return Err(CaptureError::Filter);
     }
     if has(fd, POLLPRI)? {
