@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod memory;
+pub mod network;
 pub mod objects;
 pub mod rebuild;
 pub mod store;

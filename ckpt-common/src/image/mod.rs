@@ -7,8 +7,8 @@
 pub mod digest;
 pub mod error;
 pub mod file;
-pub mod objects;
 pub mod manifest;
+pub mod objects;
 pub mod pack;
 pub mod pages;
 pub mod part;
@@ -18,6 +18,9 @@ pub mod unix;
 
 pub use digest::Digest;
 pub use error::FormatError;
+pub mod socket;
+pub mod tcp;
+pub mod udp;
 
 use serde::{Serialize, de::DeserializeOwned};
 
