@@ -11,7 +11,9 @@ pub fn read(pid: i32, address: u64, into: &mut [u8]) -> io::Result<()> {
         let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
         let remote = libc::iovec { iov_base: (address as usize + done) as *mut _, iov_len: rest.len() };
         // SAFETY: `local` covers exactly the borrowed buffer; the remote side is checked by the kernel.
-        let n = check(unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) } as i64)?;
+        let n = check(
+            unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) } as i64
+        )?;
         if n == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -28,7 +30,9 @@ pub fn write(pid: i32, address: u64, from: &[u8]) -> io::Result<()> {
         let local = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
         let remote = libc::iovec { iov_base: (address as usize + done) as *mut _, iov_len: rest.len() };
         // SAFETY: `local` covers exactly the borrowed buffer and is only read; the remote side is checked by the kernel.
-        let n = check(unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) } as i64)?;
+        let n = check(
+            unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) } as i64
+        )?;
         if n == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

@@ -119,9 +119,13 @@ pub fn queued_signals(tid: i32, shared: bool) -> io::Result<Vec<[u8; SIGINFO_SIZ
     let mut all = Vec::new();
     loop {
         let mut page = [[0u8; SIGINFO_SIZE]; BATCH];
-        let args = libc::ptrace_peeksiginfo_args { off: all.len() as u64, flags: u32::from(shared), nr: BATCH as i32 };
-        let n =
-            request(libc::PTRACE_PEEKSIGINFO, tid, &raw const args as usize, page.as_mut_ptr() as usize)? as usize;
+        let args = libc::ptrace_peeksiginfo_args {
+            off: all.len() as u64,
+            flags: u32::from(shared),
+            nr: BATCH as i32,
+        };
+        let n = request(libc::PTRACE_PEEKSIGINFO, tid, &raw const args as usize, page.as_mut_ptr() as usize)?
+            as usize;
         all.extend_from_slice(&page[..n]);
         if n < BATCH {
             return Ok(all);

@@ -28,7 +28,8 @@ impl Arena {
 
     /// Writes the code. The mapping must be there, readable, writable and executable.
     pub fn install(self, pid: i32) -> Result<()> {
-        memory::write(pid, self.base, batch_code::bytes()).map_err(TraceeError::request("writing the batch code", pid))
+        memory::write(pid, self.base, batch_code::bytes())
+            .map_err(TraceeError::request("writing the batch code", pid))
     }
 
     /// First address behind.
@@ -114,7 +115,9 @@ impl Batch {
         }
         let table = self.bytes(&[]);
         let at = self.data.len();
-        for entry in self.calls.iter().chain([&[libc::SYS_tgkill as u64, bell[0], bell[1], bell[2], 0, 0, 0, 0]]) {
+        for entry in
+            self.calls.iter().chain([&[libc::SYS_tgkill as u64, bell[0], bell[1], bell[2], 0, 0, 0, 0]])
+        {
             entry.iter().for_each(|word| self.data.extend_from_slice(&word.to_ne_bytes()));
         }
         memory::write(pid, self.arena.base + DATA_OFFSET, &self.data)

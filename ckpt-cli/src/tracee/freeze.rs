@@ -13,8 +13,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const VFORK_PATIENCE: Duration = Duration::from_millis(20);
 const VFORK_TRIES: usize = 200;
 
-const OPTIONS: i32 =
-    libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK;
+const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
+    | libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK;
 
 /// A process whose threads are all stopped, or a zombie.
 #[derive(Debug)]
@@ -116,7 +118,11 @@ impl Freezer {
                 Ok(()) => {}
                 // Ended meanwhile, or a thread that is already on its way out.
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => continue,
-                Err(e) if e.raw_os_error() == Some(libc::EPERM) && proc::state(pid).is_none_or(|s| s == 'Z') => continue,
+                Err(e)
+                    if e.raw_os_error() == Some(libc::EPERM) && proc::state(pid).is_none_or(|s| s == 'Z') =>
+                {
+                    continue;
+                }
                 Err(e) => return Err(TraceeError::request("seizing", tid)(e)),
             }
             self.seized.insert(tid);
@@ -144,10 +150,13 @@ impl Freezer {
                 }
             }
             let waited = start.elapsed();
-            if let Some(thread) = self.stopping.first().filter(|_| {
-                waited > PATIENCE || (waited > VFORK_PATIENCE && self.waits_in_vfork())
-            }) {
-                let place = std::fs::read_to_string(format!("/proc/{}/wchan", thread.tid)).unwrap_or_default();
+            if let Some(thread) = self
+                .stopping
+                .first()
+                .filter(|_| waited > PATIENCE || (waited > VFORK_PATIENCE && self.waits_in_vfork()))
+            {
+                let place =
+                    std::fs::read_to_string(format!("/proc/{}/wchan", thread.tid)).unwrap_or_default();
                 return Err(TraceeError::Stuck { tid: thread.tid, seconds: waited.as_secs(), place });
             }
             if self.stopping.len() == before {
@@ -172,7 +181,8 @@ impl Freezer {
             Wait::EventStop(signal) => {
                 let stopped = Stopped::new(thread.pid, tid)?;
                 let process = self.process(thread.pid);
-                let at = process.threads.partition_point(|t| (t.tid != t.pid, t.tid) < (tid != thread.pid, tid));
+                let at =
+                    process.threads.partition_point(|t| (t.tid != t.pid, t.tid) < (tid != thread.pid, tid));
                 process.threads.insert(at, stopped);
                 if signal != libc::SIGTRAP {
                     process.group_stop = Some(signal);
@@ -181,7 +191,8 @@ impl Freezer {
             }
             Wait::Event(_) => {
                 // clone, fork or vfork: the child is traced already and will stop by itself.
-                let child = ptrace::event_message(tid).map_err(TraceeError::request("reading an event", tid))? as i32;
+                let child =
+                    ptrace::event_message(tid).map_err(TraceeError::request("reading an event", tid))? as i32;
                 if child != 0 && self.seized.insert(child) {
                     self.stopping.push(Stopping { pid: tgid(child).unwrap_or(child), tid: child });
                 }
@@ -217,8 +228,7 @@ impl Freezer {
                 .and_then(|t| t.stat())
                 .map_or('?', |s| s.state);
             let number = call.split(' ').next().and_then(|n| n.parse::<i64>().ok());
-            state == 'D'
-                && [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].map(Some).contains(&number)
+            state == 'D' && [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].map(Some).contains(&number)
         })
     }
 
@@ -264,9 +274,15 @@ pub fn scratch(process: &FrozenProcess, maps: &Maps, size: u64) -> Option<u64> {
         ..Default::default()
     };
     use std::os::fd::AsFd;
-    crate::sys::pagemap::scan(pagemap.as_fd(), stack.start, stack.start + size.next_multiple_of(4096), query, |_| {
-        touched = true;
-    })
+    crate::sys::pagemap::scan(
+        pagemap.as_fd(),
+        stack.start,
+        stack.start + size.next_multiple_of(4096),
+        query,
+        |_| {
+            touched = true;
+        },
+    )
     .ok()?;
     (!touched).then_some(stack.start)
 }

@@ -52,7 +52,9 @@ fn find_gadget(code: &[u8]) -> Option<Gadget> {
 }
 
 fn find_restorer(code: &[u8]) -> Option<u64> {
-    RESTORERS.iter().find_map(|pattern| code.windows(pattern.len()).position(|w| w == *pattern).map(|i| i as u64))
+    RESTORERS
+        .iter()
+        .find_map(|pattern| code.windows(pattern.len()).position(|w| w == *pattern).map(|i| i as u64))
 }
 
 /// Where, in one process, the pieces are. Addresses.
@@ -89,7 +91,9 @@ impl Finder {
             offset.map(|o| m.start + o)
         });
         Some(match (gadget, restorer) {
-            (Some(g), Some(r)) => Pieces { syscall: vdso.start + g.offset, ret_slot: g.ret_slot, restorer: Some(r) },
+            (Some(g), Some(r)) => {
+                Pieces { syscall: vdso.start + g.offset, ret_slot: g.ret_slot, restorer: Some(r) }
+            }
             _ => Pieces { syscall: plain, ret_slot: 0, restorer: None },
         })
     }
@@ -113,7 +117,18 @@ pub fn frame(at: u64, regs: &UserRegs, sigmask: u64, xstate: &[u8]) -> Vec<u8> {
     put(&[0b111, 0]); // uc_flags: UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS; uc_link
     put(&[0, 7, 0]); // uc_stack with impossible flags: the kernel refuses it silently and keeps the alternate stack
     put(&[regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15]);
-    put(&[regs.rdi, regs.rsi, regs.rbp, regs.rbx, regs.rdx, regs.rax, regs.rcx, regs.rsp, regs.rip, regs.eflags]);
+    put(&[
+        regs.rdi,
+        regs.rsi,
+        regs.rbp,
+        regs.rbx,
+        regs.rdx,
+        regs.rax,
+        regs.rcx,
+        regs.rsp,
+        regs.rip,
+        regs.eflags,
+    ]);
     put(&[regs.cs & 0xffff | (regs.ss & 0xffff) << 48]); // cs, gs, fs, ss
     put(&[0, 0, 0, 0]); // err, trapno, oldmask, cr2
     put(&[xstate_at, 0, 0, 0, 0, 0, 0, 0, 0]); // fpstate, reserved
@@ -122,7 +137,8 @@ pub fn frame(at: u64, regs: &UserRegs, sigmask: u64, xstate: &[u8]) -> Vec<u8> {
     let start = out.len();
     out.extend_from_slice(xstate);
     if xstate.len() >= FX_SW_RESERVED + 48 {
-        let features = u64::from_ne_bytes(xstate[FX_SW_RESERVED..FX_SW_RESERVED + 8].try_into().unwrap_or_default());
+        let features =
+            u64::from_ne_bytes(xstate[FX_SW_RESERVED..FX_SW_RESERVED + 8].try_into().unwrap_or_default());
         let size = xstate.len() as u32;
         let sw = &mut out[start + FX_SW_RESERVED..start + FX_SW_RESERVED + 48];
         sw.fill(0);

@@ -36,10 +36,7 @@ pub fn hide_eintr(regs: &mut UserRegs, signal_waits: bool) {
 pub fn resumable(regs: &UserRegs) -> UserRegs {
     let mut regs = *regs;
     if in_syscall(&regs)
-        && matches!(
-            regs.rax as i64,
-            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
-        )
+        && matches!(regs.rax as i64, ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK)
     {
         reissue(&mut regs);
     }

@@ -42,7 +42,8 @@ impl Stopped {
             bell: BELLS[0],
             deferred: Vec::new(),
         };
-        let status = procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
+        let status =
+            procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
         if let Ok(status) = status {
             let last = |v: &Option<Vec<i32>>, or| v.as_ref().and_then(|v| v.last().copied()).unwrap_or(or);
             stopped.ns = (last(&status.nstgid, pid), last(&status.nspid, tid));
@@ -108,7 +109,8 @@ impl Stopped {
             ptrace::set_sigmask(self.tid, self.sigmask)
                 .map_err(TraceeError::request("restoring the signal mask", self.tid))?;
         }
-        ptrace::set_regs(self.tid, &self.regs).map_err(TraceeError::request("restoring registers", self.tid))?;
+        ptrace::set_regs(self.tid, &self.regs)
+            .map_err(TraceeError::request("restoring registers", self.tid))?;
         self.borrowed = false;
         Ok(())
     }
@@ -231,7 +233,12 @@ impl Stopped {
                     return Err(TraceeError::Died { tid: self.tid, status });
                 }
                 Wait::Signal(
-                    signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGSYS | libc::SIGTRAP | libc::SIGFPE),
+                    signal @ (libc::SIGSEGV
+                    | libc::SIGBUS
+                    | libc::SIGILL
+                    | libc::SIGSYS
+                    | libc::SIGTRAP
+                    | libc::SIGFPE),
                 ) => {
                     let call = ptrace::regs(self.tid).map_or(0, |r| r.r12 as usize);
                     return Err(TraceeError::Fault { tid: self.tid, signal, call });
