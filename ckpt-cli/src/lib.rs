@@ -1,6 +1,9 @@
 //! ckpt: checkpoint and restore running distributed jobs from the outside.
 
+pub mod capture;
 pub mod job;
+pub mod memory;
+pub mod objects;
 pub mod store;
 pub mod sys;
 pub mod tracee;

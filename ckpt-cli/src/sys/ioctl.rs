@@ -2,7 +2,7 @@
 
 use super::check;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// TFD_IOC_SET_TICKS: sets the expirations of a timerfd that were not read yet (needs CONFIG_CHECKPOINT_RESTORE).
 pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> io::Result<()> {
@@ -17,6 +17,14 @@ pub fn readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
     let mut n: libc::c_int = 0;
     // SAFETY: the request writes one int, which lives across the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut n) }.into())?;
+    Ok(n as usize)
+}
+
+/// SIOCOUTQ: bytes sent that the other side has not taken.
+pub fn unsent(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut n: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives across the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) }.into())?;
     Ok(n as usize)
 }
 
@@ -49,4 +57,53 @@ pub fn set_sockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> i
 /// Sets a socket option that is an int.
 pub fn set_sockopt_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     set_sockopt(fd, level, name, &value.to_ne_bytes())
+}
+
+/// flock(2); `operation` is `LOCK_*`.
+pub fn flock(fd: BorrowedFd<'_>, operation: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    check(unsafe { libc::flock(fd.as_raw_fd(), operation) }.into()).map(drop)
+}
+
+/// signalfd4(2) for a mask with bit n-1 for signal n, real-time signals included; close-on-exec.
+pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
+    // SAFETY: the mask lives across the call and has the stated size; the result is a new descriptor.
+    unsafe {
+        let fd = check(libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, libc::SFD_CLOEXEC))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// Receiver of `SIGIO` (F_GETOWN_EX, F_GETSIG): (type, pid, signal).
+pub fn owner(fd: BorrowedFd<'_>) -> io::Result<(i32, i32, i32)> {
+    /// `struct f_owner_ex`
+    #[repr(C)]
+    #[derive(Default)]
+    struct Owner {
+        kind: i32,
+        pid: i32,
+    }
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETSIG: i32 = 11;
+    let mut owner = Owner::default();
+    // SAFETY: the first request writes the structure, which lives across the call; the second has no argument.
+    let signal = unsafe {
+        check(libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner).into())?;
+        check(libc::fcntl(fd.as_raw_fd(), F_GETSIG).into())?
+    };
+    Ok(if owner.pid == 0 { (0, 0, signal as i32) } else { (owner.kind, owner.pid, signal as i32) })
+}
+
+/// Sets the receiver of `SIGIO`.
+pub fn set_owner(fd: BorrowedFd<'_>, (kind, pid, signal): (i32, i32, i32)) -> io::Result<()> {
+    const F_SETOWN_EX: i32 = 15;
+    const F_SETSIG: i32 = 10;
+    let owner = [kind, pid];
+    // SAFETY: the structure of two ints is only read.
+    unsafe {
+        if pid != 0 {
+            check(libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, owner.as_ptr()).into())?;
+        }
+        check(libc::fcntl(fd.as_raw_fd(), F_SETSIG, signal).into()).map(drop)
+    }
 }

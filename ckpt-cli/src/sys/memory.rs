@@ -1,4 +1,4 @@
-//! process_vm_readv(2) and process_vm_writev(2).
+//! Memory: process_vm_readv(2), process_vm_writev(2), and shared memory as a descriptor.
 
 use super::check;
 use std::io;
@@ -39,4 +39,21 @@ pub fn write(pid: i32, address: u64, from: &[u8]) -> io::Result<()> {
         done += n as usize;
     }
     Ok(())
+}
+
+/// Shared anonymous memory of `size` bytes as a descriptor that others can map: what mmap(2) with
+/// `MAP_SHARED | MAP_ANONYMOUS` makes, opened by its link in /proc/self/map_files.
+pub fn shared_anonymous(size: u64) -> io::Result<std::os::fd::OwnedFd> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address that the kernel chooses; nothing refers to it before it is unmapped below.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), size as usize, prot, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let end = at as u64 + size.next_multiple_of(4096);
+    let link = format!("/proc/self/map_files/{:x}-{end:x}", at as u64);
+    let file = std::fs::File::options().read(true).write(true).open(link);
+    // SAFETY: exactly the mapping made above, of which no reference exists.
+    unsafe { libc::munmap(at, size as usize) };
+    Ok(file?.into())
 }

@@ -11,6 +11,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
 pub mod task;
+pub mod unix_socket;
 
 use std::io;
 

@@ -72,7 +72,6 @@ fn convert(maps: procfs::process::MemoryMaps) -> Maps {
                 MMapPath::Vsys(key) => format!("/SYSV{key:08x} (deleted)"),
                 MMapPath::Other(name) => format!("[{name}]"),
                 MMapPath::Anonymous | MMapPath::Vsyscall | MMapPath::Rollup => String::new(),
-                _ => String::new(),
             },
             flags: m.extension.vm_flags,
         })

@@ -7,12 +7,14 @@
 pub mod digest;
 pub mod error;
 pub mod file;
+pub mod objects;
 pub mod manifest;
 pub mod pack;
 pub mod pages;
 pub mod part;
 pub mod process;
 pub mod record;
+pub mod unix;
 
 pub use digest::Digest;
 pub use error::FormatError;

@@ -1,0 +1,133 @@
+//! One address space: its mappings, and the pages that only it has.
+
+use super::descriptors::Table;
+use crate::sys::pagemap::{self, Query, category};
+use crate::tracee::proc::{self, Map, Maps};
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
+use procfs::process::{Process as Proc, VmFlags};
+use std::os::fd::AsFd;
+
+/// Captures the address space; pages are copied into the table's staging memory.
+pub(super) fn capture(pid: i32, proc: &Proc, maps: &Maps, brk: u64, table: &mut Table<'_>) -> Result<AddressSpace> {
+    let stat = proc.stat()?;
+    let field = |value: Option<u64>, name| value.with_context(|| format!("/proc/{pid}/stat has no {name}"));
+    let memory = table.new_memory();
+    let mut space = AddressSpace {
+        memory,
+        fields: [
+            stat.startcode,
+            stat.endcode,
+            field(stat.start_data, "start_data")?,
+            field(stat.end_data, "end_data")?,
+            field(stat.start_brk, "start_brk")?,
+            brk,
+            stat.startstack,
+            field(stat.arg_start, "arg_start")?,
+            field(stat.arg_end, "arg_end")?,
+            field(stat.env_start, "env_start")?,
+            field(stat.env_end, "env_end")?,
+        ],
+        auxv: std::fs::read(format!("/proc/{pid}/auxv")).context("reading the auxiliary vector")?,
+        exe: table.mapped_file(pid, None, "exe", false).context("opening the executable")?,
+        mappings: Vec::with_capacity(maps.len()),
+        vdso: Vec::new(),
+    };
+    let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).context("opening the page map")?;
+    for map in maps {
+        let backing = backing(pid, map, table)?;
+        match &backing {
+            Backing::Kernel { name } if name == "[vdso]" => {
+                space.vdso = vec![0; map.size() as usize];
+                crate::sys::memory::read(pid, map.start, &mut space.vdso).context("reading the vdso")?;
+            }
+            Backing::Kernel { .. } | Backing::SharedFile { .. } => {}
+            Backing::Anonymous | Backing::PrivateFile { .. } => {
+                let mut runs = Vec::new();
+                pagemap::scan(pagemap.as_fd(), map.start, map.end, own_pages(), |r| runs.push((r.start, r.end)))
+                    .context("listing the pages of a mapping")?;
+                table.stage_pages(pid, memory, &runs, map.prot & libc::PROT_READ != 0)?;
+            }
+        }
+        space.mappings.push(Mapping {
+            start: map.start,
+            end: map.end,
+            prot: map.prot,
+            backing,
+            flags: if map.flags.contains(VmFlags::GD) { libc::MAP_GROWSDOWN } else { 0 }
+                | if map.flags.contains(VmFlags::NR) { libc::MAP_NORESERVE } else { 0 },
+            advice: advice(map.flags),
+            locked: u8::from(map.flags.contains(VmFlags::LO)),
+        });
+    }
+    Ok(space)
+}
+
+/// Private pages that hold something of the process's own: not the file's, not the shared zero page.
+fn own_pages() -> Query {
+    Query {
+        inverted: category::FILE | category::ZERO,
+        all: category::FILE | category::ZERO,
+        any: category::PRESENT | category::SWAPPED,
+        report: category::PRESENT | category::SWAPPED,
+    }
+}
+
+fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
+    if map.by_kernel() {
+        return Ok(Backing::Kernel { name: map.path.clone() });
+    }
+    if map.inode == 0 {
+        if map.shared {
+            bail!("mapping {:x}-{:x} ({}) is shared but has no file", map.start, map.end, map.path);
+        }
+        return Ok(Backing::Anonymous);
+    }
+    let name = format!("map_files/{:x}-{:x}", map.start, map.end);
+    // A shared mapping that may become writable needs a description that is open for writing.
+    let write = map.shared && map.flags.contains(VmFlags::MW);
+    let file = table
+        .mapped_file(pid, Some((map.device, map.inode)), &name, write)
+        .with_context(|| format!("opening what is mapped at {:x}-{:x} ({})", map.start, map.end, map.path))?;
+    Ok(if map.shared {
+        Backing::SharedFile { file, offset: map.offset }
+    } else {
+        Backing::PrivateFile { file, offset: map.offset }
+    })
+}
+
+fn advice(flags: VmFlags) -> Vec<i32> {
+    [
+        (VmFlags::DC, libc::MADV_DONTFORK),
+        (VmFlags::DD, libc::MADV_DONTDUMP),
+        (VmFlags::WF, libc::MADV_WIPEONFORK),
+        (VmFlags::MG, libc::MADV_MERGEABLE),
+        (VmFlags::HG, libc::MADV_HUGEPAGE),
+        (VmFlags::NH, libc::MADV_NOHUGEPAGE),
+        (VmFlags::SR, libc::MADV_SEQUENTIAL),
+        (VmFlags::RR, libc::MADV_RANDOM),
+    ]
+    .into_iter()
+    .filter_map(|(flag, advice)| flags.contains(flag).then_some(advice))
+    .collect()
+}
+
+/// Mappings that cannot be saved from outside, with the reason.
+pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
+    match () {
+        () if map.flags.contains(VmFlags::HT) => Some("memory of hugetlbfs is not supported yet"),
+        () if map.path.starts_with("/SYSV") => Some("System V shared memory is not supported yet"),
+        () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
+        () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
+        () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
+        () if map.flags.intersects(VmFlags::IO | VmFlags::PF) && !map.by_kernel() => {
+            Some("memory of a device cannot be saved")
+        }
+        () => None,
+    }
+}
+
+/// Reads the mappings with flags, for the plan.
+pub(super) fn maps(pid: i32) -> Result<Maps> {
+    proc::maps_with_flags(pid).context("reading the mappings")
+}

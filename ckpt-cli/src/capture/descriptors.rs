@@ -1,0 +1,238 @@
+//! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
+
+use super::{Options, plan};
+use crate::memory::staging::Staging;
+use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, unix};
+use crate::sys::{kcmp, pidfd};
+use crate::tracee::freeze::Frozen;
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::file::{FileId, OpenFile};
+use ckpt_common::image::objects::{Outside, OutsideKind};
+use ckpt_common::image::process::Descriptor;
+use ckpt_common::image::MemoryId;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// A description found in a descriptor table.
+struct Found {
+    id: FileId,
+    probe: Probe,
+}
+
+/// Everything that descriptors, mappings and queues of the job refer to.
+pub(super) struct Table<'a> {
+    options: &'a Options,
+    /// Sockets and pipes that processes outside the job have open.
+    foreign: &'a HashSet<u64>,
+    staging: &'a mut Staging,
+    /// Descriptors of ours that stand for descriptions: kept open, because others are compared with them.
+    own: Vec<OwnedFd>,
+    descriptors: BTreeMap<i32, Vec<Descriptor>>,
+    groups: HashMap<(u64, u64), Vec<(i32, i32, FileId)>>,
+    pending: Vec<Found>,
+    files: Vec<OpenFile>,
+    mapped: HashMap<(u64, u64, bool), FileId>,
+    staged: HashMap<(u64, u64), MemoryId>,
+    next: u32,
+    pipes: HashSet<u64>,
+    unix: unix::Peers,
+}
+
+impl<'a> Table<'a> {
+    /// Goes through all descriptor tables and finds which descriptors share a description.
+    pub(super) fn new(
+        frozen: &Frozen,
+        options: &'a Options,
+        foreign: &'a HashSet<u64>,
+        staging: &'a mut Staging,
+    ) -> Result<Self> {
+        let mut table = Self {
+            options,
+            foreign,
+            staging,
+            own: Vec::new(),
+            descriptors: BTreeMap::new(),
+            groups: HashMap::new(),
+            pending: Vec::new(),
+            files: Vec::new(),
+            mapped: HashMap::new(),
+            staged: HashMap::new(),
+            next: 0,
+            pipes: HashSet::new(),
+            unix: unix::Peers::default(),
+        };
+        for process in frozen.processes.values().filter(|p| !p.threads.is_empty()) {
+            table.scan(process.pid).with_context(|| format!("reading the descriptors of process {}", process.pid))?;
+        }
+        Ok(table)
+    }
+
+    fn scan(&mut self, pid: i32) -> Result<()> {
+        let process = pidfd::open(pid).context("opening a pidfd")?;
+        let mut numbers: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
+            .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        for fd in numbers {
+            let probe = Probe::new(pid, process.as_fd(), fd)?;
+            let cloexec = probe.info.flags & libc::O_CLOEXEC != 0;
+            let id = self.identify(probe)?;
+            self.descriptors.entry(pid).or_default().push(Descriptor { fd, cloexec, file: id });
+        }
+        Ok(())
+    }
+
+    /// The description's identity: a known one (kcmp(2) gives an order, so the search is logarithmic), or a new one.
+    fn identify(&mut self, probe: Probe) -> Result<FileId> {
+        let group = self.groups.entry((probe.stat.st_dev, probe.stat.st_ino)).or_default();
+        let mut failed = None;
+        let place = group.binary_search_by(|(pid, fd, _)| {
+            kcmp::files(*pid, *fd, probe.pid, probe.fd).unwrap_or_else(|e| {
+                failed = Some(e);
+                std::cmp::Ordering::Less
+            })
+        });
+        if let Some(e) = failed {
+            return Err(e).context("comparing descriptors (kcmp)");
+        }
+        match place {
+            Ok(at) => Ok(group[at].2),
+            Err(at) => {
+                let id = FileId(self.next);
+                self.next += 1;
+                group.insert(at, (probe.pid, probe.fd, id));
+                self.pending.push(Found { id, probe });
+                Ok(id)
+            }
+        }
+    }
+
+    /// Captures every description found so far, those in flight in sockets included.
+    pub(super) fn capture(&mut self) -> Result<()> {
+        let tables = self.descriptors.values().flatten();
+        let stdio: HashSet<FileId> = tables.filter(|d| (0..=2).contains(&d.fd)).map(|d| d.file).collect();
+        self.unix = unix::Peers::read(self.pending.iter().map(|f| &f.probe))?;
+        while !self.pending.is_empty() {
+            for found in std::mem::take(&mut self.pending) {
+                let probe = &found.probe;
+                let captured = self
+                    .capture_one(probe, stdio.contains(&found.id))
+                    .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
+                let owner = objects::owner(probe)?;
+                self.files.push(OpenFile {
+                    id: found.id,
+                    flags: probe.info.flags & !libc::O_CLOEXEC,
+                    owner,
+                    label: probe.link.clone(),
+                    kind: captured.kind.into(),
+                    version: captured.version,
+                    payload: captured.payload,
+                });
+                if probe.pid == std::process::id() as i32 {
+                    self.own.push(found.probe.file);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn capture_one(&mut self, probe: &Probe, stdio: bool) -> Result<Captured> {
+        if let Some(what) = plan::outside(probe, self.foreign) {
+            let what = if stdio { OutsideKind::Stdio } else { what };
+            if stdio || self.options.allow.contains(plan::word(what)) {
+                return Captured::new(&Outside { what });
+            }
+            bail!("it leads out of the job since ckpt looked at it first");
+        }
+        match probe.class() {
+            Class::PathFile => objects::path_file::capture(probe, self),
+            Class::MemoryFile => objects::memory_file::capture(probe, self),
+            Class::Pipe => objects::pipe::capture(probe, &mut self.pipes),
+            Class::EventFd => objects::anonymous::capture_eventfd(probe),
+            Class::TimerFd => objects::anonymous::capture_timerfd(probe),
+            Class::SignalFd => objects::anonymous::capture_signalfd(probe),
+            Class::Epoll => objects::epoll::capture(probe, self),
+            Class::Socket => match objects::socket_kind(probe)? {
+                SocketKind::Unix => {
+                    let peers = std::mem::take(&mut self.unix);
+                    let captured = unix::capture(probe, &peers, self);
+                    self.unix = peers;
+                    captured
+                }
+                SocketKind::Tcp | SocketKind::Udp | SocketKind::Other => bail!("this kind of socket is not supported"),
+            },
+            Class::Terminal | Class::Unknown => bail!("this kind of object is not supported"),
+        }
+    }
+
+    /// The descriptor table of a process.
+    pub(super) fn descriptors(&self, pid: i32) -> Vec<Descriptor> {
+        self.descriptors.get(&pid).cloned().unwrap_or_default()
+    }
+
+    /// A new memory object in the staging memory.
+    pub(super) fn new_memory(&mut self) -> MemoryId {
+        self.staging.new_object()
+    }
+
+    /// Copies pages of a process.
+    pub(super) fn stage_pages(&mut self, pid: i32, id: MemoryId, runs: &[(u64, u64)], readable: bool) -> Result<()> {
+        self.staging.copy_pages(pid, id, runs, readable)
+    }
+
+    /// A description for a mapped file or the executable; `name` is a link below /proc/PID.
+    pub(super) fn mapped_file(&mut self, pid: i32, key: Option<(u64, u64)>, name: &str, write: bool) -> Result<FileId> {
+        if let Some(id) = key.and_then(|(device, inode)| self.mapped.get(&(device, inode, write))) {
+            return Ok(*id);
+        }
+        let file = File::options().read(true).write(write).open(format!("/proc/{pid}/{name}"))?;
+        let probe = Probe::own(file.into())?;
+        let id = FileId(self.next);
+        self.next += 1;
+        if let Some((device, inode)) = key {
+            self.mapped.insert((device, inode, write), id);
+        }
+        self.pending.push(Found { id, probe });
+        Ok(id)
+    }
+
+    /// The records of all descriptions.
+    pub(super) fn finish(mut self) -> Result<Vec<OpenFile>> {
+        self.capture()?;
+        Ok(self.files)
+    }
+}
+
+impl CaptureContext for Table<'_> {
+    fn stage(&mut self, key: (u64, u64), file: &File, _size: u64) -> Result<MemoryId> {
+        if let Some(id) = self.staged.get(&key) {
+            return Ok(*id);
+        }
+        let id = self.staging.new_object();
+        self.staging.copy_file(id, file)?;
+        self.staged.insert(key, id);
+        Ok(id)
+    }
+
+    fn file_at(&self, pid: i32, fd: i32) -> Option<FileId> {
+        self.descriptors.get(&pid)?.iter().find(|d| d.fd == fd).map(|d| d.file)
+    }
+
+    fn epoll_target(&self, pid: i32, epfd: i32, tfd: i32, nth: u32) -> Option<FileId> {
+        let is = |owner: i32, fd: i32| kcmp::epoll_target(owner, fd, pid, epfd, tfd as u32, nth).unwrap_or(false);
+        if is(pid, tfd) {
+            return self.file_at(pid, tfd);
+        }
+        let all = self.descriptors.iter().flat_map(|(pid, table)| table.iter().map(move |d| (*pid, d)));
+        all.into_iter().find(|(owner, d)| is(*owner, d.fd)).map(|(_, d)| d.file)
+    }
+
+    fn in_flight(&mut self, file: OwnedFd) -> Result<FileId> {
+        self.identify(Probe::own(file)?)
+    }
+
+    fn file_policy(&self) -> FilePolicy {
+        self.options.files
+    }
+}

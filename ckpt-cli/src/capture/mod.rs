@@ -1,0 +1,181 @@
+//! A live process tree becomes an image.
+//!
+//! [`Session`] goes through the phases of a dump on one node: *plan* (nothing is touched, everything that stands in
+//! the way is listed), *cut* (freeze, take registers, objects and memory), *thaw*, *save*, *finish*. Dropping a
+//! session at any point lets the job run on unharmed.
+
+mod address_space;
+mod descriptors;
+mod plan;
+mod process;
+mod thread;
+
+use crate::memory::staging::Staging;
+use crate::objects::FilePolicy;
+use crate::store::PartWriter;
+use crate::tracee::{freeze::Frozen, healing::Finder};
+use anyhow::{Context as _, Result};
+use ckpt_common::image::{file::OpenFile, process::Process};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+pub use plan::{Blocker, Plan};
+
+/// What the operator asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Kinds of things outside the job that may come back closed or disconnected (`--allow`).
+    pub allow: BTreeSet<String>,
+    /// How files open for writing come back (`--files`).
+    pub files: FilePolicy,
+    /// The job is killed after the commit (`--stop`).
+    pub stop: bool,
+}
+
+/// What is known after the cut.
+#[derive(Clone, Debug, Default)]
+pub struct CutReport {
+    /// Time from the first stopped thread to the end of the cut on this node.
+    pub took: Duration,
+    /// Processes, zombies included.
+    pub processes: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Bytes of memory copied.
+    pub bytes: u64,
+}
+
+/// What becomes of the job at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It runs on.
+    LeaveRunning,
+    /// It is killed, its sockets silently closed.
+    Kill,
+}
+
+/// One dump on one node. All calls must come from one thread: ptrace(2) knows its tracer by thread.
+pub struct Session {
+    options: Options,
+    pids: Vec<i32>,
+    plan: Plan,
+    frozen: Option<Frozen>,
+    processes: Vec<Process>,
+    files: Vec<OpenFile>,
+    staging: Staging,
+}
+
+impl Session {
+    /// Looks at the processes and their descendants and lists what cannot be saved. Nothing is stopped.
+    pub fn plan(pids: &[i32], options: Options) -> Result<Self> {
+        let plan = plan::plan(pids, &options)?;
+        Ok(Self {
+            pids: pids.to_vec(),
+            plan,
+            options,
+            frozen: None,
+            processes: Vec::new(),
+            files: Vec::new(),
+            staging: Staging::default(),
+        })
+    }
+
+    /// What [`Self::plan`] found.
+    pub fn found(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Makes ready what the freeze should not wait for.
+    pub fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Freezes the job and takes its state. The job stays frozen until [`Self::thaw`], [`Self::finish`] or drop.
+    pub fn cut(&mut self) -> Result<CutReport> {
+        let start = Instant::now();
+        let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
+        let mut finder = Finder::default();
+        let mut table = descriptors::Table::new(&frozen, &self.options, &self.plan.foreign, &mut self.staging)?;
+        table.capture()?;
+        let mut threads = 0;
+        for process in frozen.processes.values_mut() {
+            threads += process.threads.len();
+            let captured = process::capture(process, &mut finder, &mut table)
+                .with_context(|| format!("capturing process {}", process.pid))?;
+            self.processes.push(captured);
+        }
+        self.files = table.finish()?;
+        let pids: Vec<(i32, i32)> = frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
+        process::relate(&mut self.processes, &pids);
+        let report = CutReport {
+            took: start.elapsed(),
+            processes: frozen.processes.len(),
+            threads,
+            bytes: self.staging.bytes(),
+        };
+        self.frozen = Some(frozen);
+        Ok(report)
+    }
+
+    /// Lets the job run on; its state stays staged for [`Self::save`].
+    pub fn thaw(&mut self) -> Result<()> {
+        if let Some(frozen) = self.frozen.take() {
+            frozen.thaw().context("letting the job run on")?;
+        }
+        Ok(())
+    }
+
+    /// Writes everything to the part.
+    pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        for process in &self.processes {
+            part.record(process)?;
+        }
+        for file in &self.files {
+            part.record(file)?;
+        }
+        self.staging.save(part)
+    }
+
+    /// Ends the session.
+    pub fn finish(mut self, outcome: Outcome) -> Result<()> {
+        if outcome == Outcome::LeaveRunning {
+            return self.thaw();
+        }
+        let Some(frozen) = self.frozen.take() else { return Ok(()) };
+        // Killed while their sockets are in repair mode: nothing is sent, the peers never notice.
+        let mut processes = Vec::new();
+        for process in frozen.processes.into_values() {
+            processes.push(crate::sys::pidfd::open(process.pid));
+            process.threads.into_iter().for_each(crate::tracee::Stopped::abandon);
+        }
+        for pidfd in processes.iter().flatten() {
+            use std::os::fd::AsFd;
+            match crate::sys::pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL) {
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => return Err(e).context("ending the job"),
+                _ => {}
+            }
+        }
+        for process in processes.iter().flatten() {
+            wait_for_end(process)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Err(error) = self.thaw() {
+            tracing::warn!(%error, "the job could not be let go cleanly");
+        }
+    }
+}
+
+/// A pidfd becomes readable when the process has ended (pidfd_open(2)).
+fn wait_for_end(process: &std::os::fd::OwnedFd) -> Result<()> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    let n = poll(&mut fds, PollTimeout::from(10_000u16)).context("waiting for the job's end")?;
+    anyhow::ensure!(n > 0, "a process did not end within 10 s after SIGKILL");
+    Ok(())
+}

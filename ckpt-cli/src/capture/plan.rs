@@ -1,0 +1,252 @@
+//! Before anything is touched: who belongs to the job, and what stands in the way.
+
+use super::{Options, address_space};
+use crate::objects::{self, Class, Probe, SocketKind};
+use crate::sys::{kcmp, pidfd};
+use crate::tracee::proc;
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::manifest::ProcessSummary;
+use ckpt_common::image::objects::OutsideKind;
+use procfs::process::Process as Proc;
+use std::collections::HashSet;
+use std::io::Read as _;
+use std::os::fd::AsFd;
+
+/// Something that cannot be saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocker {
+    /// PID and name of the process.
+    pub pid: i32,
+    /// See `pid`.
+    pub process: String,
+    /// What it is: a descriptor, a mapping, an attribute.
+    pub what: String,
+    /// Why it cannot be saved.
+    pub reason: String,
+    /// Word for `--allow` that lets the dump go on without it.
+    pub allow: Option<&'static str>,
+}
+
+/// What is known before the freeze.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// The processes, parents before children.
+    pub processes: Vec<ProcessSummary>,
+    /// Everything that stands in the way.
+    pub blockers: Vec<Blocker>,
+    /// Sockets and pipes (inodes) that processes outside the job have open, too.
+    pub(super) foreign: HashSet<u64>,
+    /// Does the job have TCP sockets?
+    pub tcp: bool,
+}
+
+/// The word of `--allow` for a kind of thing outside.
+pub(super) fn word(what: OutsideKind) -> &'static str {
+    match what {
+        OutsideKind::Stdio => "outside-stdio",
+        OutsideKind::Terminal => "outside-tty",
+        OutsideKind::Pipe => "outside-pipe",
+        OutsideKind::Unix => "outside-unix",
+    }
+}
+
+/// Does the description lead out of the job, and as what?
+pub(super) fn outside(probe: &Probe, foreign: &HashSet<u64>) -> Option<OutsideKind> {
+    let shared = foreign.contains(&probe.stat.st_ino);
+    match probe.class() {
+        Class::Terminal => Some(OutsideKind::Terminal),
+        Class::Pipe if shared && probe.link.starts_with("pipe:") => Some(OutsideKind::Pipe),
+        Class::Socket if shared && objects::socket_kind(probe).ok()? == SocketKind::Unix => Some(OutsideKind::Unix),
+        _ => None,
+    }
+}
+
+/// Inodes of pipes and sockets that others have open.
+fn foreign(job: &HashSet<i32>) -> HashSet<u64> {
+    let mut inodes = HashSet::new();
+    for process in procfs::process::all_processes().into_iter().flatten().flatten() {
+        if job.contains(&process.pid) || process.pid == std::process::id() as i32 {
+            continue;
+        }
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten().flatten() {
+            let Ok(link) = std::fs::read_link(entry.path()) else { continue };
+            let link = link.to_string_lossy();
+            let inode = link.strip_prefix("pipe:[").or_else(|| link.strip_prefix("socket:["));
+            inodes.extend(inode.and_then(|i| i.trim_end_matches(']').parse::<u64>().ok()));
+        }
+    }
+    inodes
+}
+
+/// Lists the processes and everything that stands in the way.
+pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
+    let mut all: Vec<i32> = Vec::new();
+    for pid in pids.iter().flat_map(|pid| proc::tree(*pid)) {
+        if !all.contains(&pid) {
+            all.push(pid);
+        }
+    }
+    if all.is_empty() {
+        bail!("no process to checkpoint");
+    }
+    let job: HashSet<i32> = all.iter().copied().collect();
+    let mut plan = Plan { foreign: foreign(&job), ..Plan::default() };
+    plan.foreign.extend(crate::objects::unix::peers_outside(&job)?);
+    let ours = ancestors();
+    for pid in &all {
+        let Ok(proc) = Proc::new(*pid) else { continue };
+        let Ok(stat) = proc.stat() else { continue };
+        plan.processes.push(ProcessSummary {
+            pid: *pid,
+            ppid: if job.contains(&stat.ppid) { stat.ppid } else { 0 },
+            name: stat.comm.clone(),
+            cmdline: proc.cmdline().unwrap_or_default(),
+            threads: stat.num_threads as u32,
+            rss: stat.rss * 4096,
+        });
+        if stat.state == 'Z' {
+            continue;
+        }
+        let mut check = Check { pid: *pid, name: stat.comm, plan: &mut plan, options };
+        if ours.contains(pid) {
+            check.block("the process", "it is ckpt itself or one of its parents; start ckpt from outside the job");
+            continue;
+        }
+        // A process that ends while we look is no obstacle.
+        if let Err(error) = check.all(&proc, stat.ppid, &job)
+            && proc.is_alive()
+        {
+            check.block("the process", &format!("it could not be examined: {error:#}"));
+        }
+    }
+    if plan.processes.is_empty() {
+        bail!("no process to checkpoint: {all:?} ended");
+    }
+    Ok(plan)
+}
+
+fn ancestors() -> HashSet<i32> {
+    let mut all = HashSet::new();
+    let mut pid = std::process::id() as i32;
+    while pid > 0 && all.insert(pid) {
+        pid = Proc::new(pid).and_then(|p| p.stat()).map_or(0, |s| s.ppid);
+    }
+    // Where PID 1 is an ancestor, as it always is, it is no part of a job either.
+    all
+}
+
+struct Check<'a> {
+    pid: i32,
+    name: String,
+    plan: &'a mut Plan,
+    options: &'a Options,
+}
+
+impl Check<'_> {
+    fn push(&mut self, what: &str, reason: &str, allow: Option<&'static str>) {
+        let blocker = Blocker {
+            pid: self.pid,
+            process: self.name.clone(),
+            what: what.into(),
+            reason: reason.into(),
+            allow,
+        };
+        self.plan.blockers.push(blocker);
+    }
+
+    fn block(&mut self, what: &str, reason: &str) {
+        self.push(what, reason, None);
+    }
+
+    fn all(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
+        self.attributes(proc, parent, job)?;
+        self.namespaces()?;
+        for map in address_space::maps(self.pid)? {
+            if let Some(reason) = address_space::obstacle(&map) {
+                self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
+            }
+        }
+        self.descriptors()
+    }
+
+    fn attributes(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
+        let status = proc.status()?;
+        if status.tracerpid != 0 {
+            self.block("ptrace", &format!("process {} traces it already", status.tracerpid));
+        }
+        if status.seccomp.unwrap_or(0) != 0 {
+            self.block("seccomp", "its system call filter cannot be saved from outside");
+        }
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        if text.lines().any(|l| l.starts_with("x86_Thread_features:") && l.contains("shstk")) {
+            self.block("shadow stack", "its content cannot be saved from outside");
+        }
+        let mut ident = [0u8; 5];
+        std::fs::File::open(format!("/proc/{}/exe", self.pid))
+            .context("opening the executable")?
+            .read_exact(&mut ident)?;
+        if ident[4] != goblin::elf::header::ELFCLASS64 {
+            self.block("the executable", "it is a 32-bit program");
+        }
+        let leader = self.pid;
+        for tid in proc::threads(leader)?.into_iter().filter(|tid| *tid != leader) {
+            for (what, resource) in [("descriptor table", kcmp::Resource::Files), ("working directory", kcmp::Resource::Fs)] {
+                if !kcmp::shared(self.pid, tid, resource).unwrap_or(true) {
+                    self.block(&format!("thread {tid}"), &format!("it has a {what} of its own (unshare)"));
+                }
+            }
+        }
+        if job.contains(&parent) {
+            for (what, resource) in [("memory", kcmp::Resource::Vm), ("descriptor table", kcmp::Resource::Files)] {
+                if kcmp::shared(self.pid, parent, resource).unwrap_or(false) && !vfork_window(parent) {
+                    self.block("the process", &format!("it shares its {what} with its parent {parent} (clone)"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn namespaces(&mut self) -> Result<()> {
+        for name in ["mnt", "net", "ipc", "uts", "user", "time"] {
+            let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
+            if of(&self.pid.to_string()).with_context(|| format!("reading the {name} namespace"))? != of("self")? {
+                let reason = format!("it is in another {name} namespace than ckpt; run ckpt in there");
+                self.block(&format!("{name} namespace"), &reason);
+            }
+        }
+        Ok(())
+    }
+
+    fn descriptors(&mut self) -> Result<()> {
+        let process = pidfd::open(self.pid).context("opening a pidfd")?;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid))?.flatten() {
+            let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+            // Closed meanwhile.
+            let Ok(probe) = Probe::new(self.pid, process.as_fd(), fd) else { continue };
+            let what = format!("fd {fd}  {}", probe.link);
+            if let Some(kind) = outside(&probe, &self.plan.foreign) {
+                if fd > 2 && !self.options.allow.contains(word(kind)) {
+                    self.push(&what, "it leads out of the job", Some(word(kind)));
+                }
+                continue;
+            }
+            match probe.class() {
+                Class::Unknown => self.block(&what, "this kind of object is not supported"),
+                Class::Socket => match objects::socket_kind(&probe)? {
+                    SocketKind::Other => self.block(&what, "sockets of this family or type are not supported"),
+                    SocketKind::Tcp => self.plan.tcp = true,
+                    SocketKind::Udp | SocketKind::Unix => {}
+                },
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A parent that waits in vfork(2) shares its memory for a moment only.
+fn vfork_window(parent: i32) -> bool {
+    let wchan = std::fs::read_to_string(format!("/proc/{parent}/wchan")).unwrap_or_default();
+    let call = std::fs::read_to_string(format!("/proc/{parent}/syscall")).unwrap_or_default();
+    wchan.contains("vfork") || ["58 ", "56 ", "435 "].iter().any(|n| call.starts_with(n))
+}

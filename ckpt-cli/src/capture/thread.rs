@@ -1,0 +1,93 @@
+//! One thread: registers and what the kernel keeps per task.
+
+use crate::sys::{memory, ptrace, task};
+use crate::tracee::{Arena, Batch, Stopped, registers};
+use anyhow::{Context as _, Result};
+use ckpt_common::image::process::{AltStack, Credentials, Rseq, SigInfo, Thread};
+use procfs::process::Process as Proc;
+
+// prctl(2)
+const PR_GET_PDEATHSIG: u64 = 2;
+const PR_GET_SECUREBITS: u64 = 27;
+const PR_GET_TID_ADDRESS: u64 = 40;
+
+/// Captures a thread. Runs one batch in it.
+pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
+    let tid = thread.tid;
+    let rseq = ptrace::rseq(tid).context("reading the rseq registration")?;
+    let rseq = rseq.map(|r| {
+        let mut word = [0u8; 8];
+        let critical_section = match memory::read(thread.pid, r.address + 8, &mut word) {
+            Ok(()) => u64::from_ne_bytes(word),
+            Err(_) => 0,
+        };
+        Rseq { address: r.address, length: r.length, signature: r.signature, critical_section }
+    });
+    if let Some(rseq) = rseq {
+        thread.abort_sequence(rseq.critical_section);
+    }
+    let xstate = thread.xstate()?;
+    let regs = registers::resumable(thread.regs());
+
+    let mut batch = Batch::new(arena);
+    let (stack, ctid, death) = (batch.bytes(&[0; 24]), batch.bytes(&[0; 8]), batch.bytes(&[0; 8]));
+    batch.call("sigaltstack", libc::SYS_sigaltstack, &[0, stack]);
+    batch.call("prctl(PR_GET_TID_ADDRESS)", libc::SYS_prctl, &[PR_GET_TID_ADDRESS, ctid]);
+    batch.call("prctl(PR_GET_PDEATHSIG)", libc::SYS_prctl, &[PR_GET_PDEATHSIG, death]);
+    let securebits = batch.call("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, &[PR_GET_SECUREBITS]);
+    let done = thread.run(batch, true)?;
+    done.all_ok()?;
+
+    let proc = Proc::new(thread.pid)?.task_from_tid(tid)?;
+    let status = proc.status()?;
+    let stat = proc.stat()?;
+    let slack = std::fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).unwrap_or_default();
+    Ok(Thread {
+        tid: thread.ns.1,
+        comm: stat.comm,
+        regs: ptrace::regs_to_bytes(&regs),
+        xstate,
+        sigmask: thread.sigmask(),
+        pending: pending(tid, false)?,
+        altstack: AltStack {
+            address: done.word(stack),
+            flags: done.word(stack + 8) as i32 & !libc::SS_ONSTACK,
+            size: done.word(stack + 16),
+        },
+        robust_list: task::robust_list(tid).context("reading the robust list")?,
+        rseq,
+        clear_child_tid: done.word(ctid),
+        creds: Credentials {
+            uids: [status.ruid, status.euid, status.suid, status.fuid],
+            gids: [status.rgid, status.egid, status.sgid, status.fgid],
+            groups: status.groups,
+            caps: [
+                status.capinh,
+                status.capprm,
+                status.capeff,
+                status.capbnd.unwrap_or(0),
+                status.capamb.unwrap_or(0),
+            ],
+            securebits: done.result(securebits)? as u32,
+            no_new_privs: status.nonewprivs == Some(1),
+        },
+        sched: task::sched_attr(tid).context("reading the scheduling policy")?,
+        affinity: affinity(tid)?,
+        ioprio: task::ioprio(tid).context("reading the I/O priority")?,
+        pdeathsig: done.word(death) as i32,
+        timer_slack: slack.trim().parse().unwrap_or(50_000),
+    })
+}
+
+/// The mask, or nothing where the thread may run anywhere that we may: another node may have other CPUs.
+fn affinity(tid: i32) -> Result<Vec<u8>> {
+    let mask = task::affinity(tid).context("reading the CPU affinity")?;
+    let every = task::affinity(1).unwrap_or_default();
+    Ok(if mask == every { Vec::new() } else { mask })
+}
+
+/// Queued signals of the thread or of its process.
+pub(super) fn pending(tid: i32, shared: bool) -> Result<Vec<SigInfo>> {
+    let queue = ptrace::queued_signals(tid, shared).context("reading queued signals")?;
+    Ok(queue.into_iter().map(|info| SigInfo(info.to_vec())).collect())
+}

@@ -1,0 +1,3 @@
+//! Memory of the job on its way into an image.
+
+pub mod staging;

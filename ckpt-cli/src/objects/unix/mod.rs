@@ -1,0 +1,80 @@
+//! Unix sockets: streams, datagrams, sequenced packets; pairs, names, queues, descriptors in flight.
+
+mod peers;
+mod rebuild;
+
+pub use peers::{Peers, peers_outside};
+pub use rebuild::Rebuilder;
+
+use super::{CaptureContext, Captured, Probe};
+use crate::sys::{ioctl, unix_socket};
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::unix::{Message, Peer, UnixSocket};
+use std::os::fd::{AsFd, BorrowedFd};
+
+/// A message is at most as large as the largest send buffer; queues are read in pieces of this many bytes.
+const PIECE: usize = 1 << 20;
+
+/// Options that come back, all of them of `SOL_SOCKET`.
+const OPTIONS: [i32; 6] =
+    [libc::SO_SNDBUF, libc::SO_RCVBUF, libc::SO_PASSCRED, libc::SO_RCVTIMEO, libc::SO_SNDTIMEO, libc::SO_PASSSEC];
+
+/// Captures a socket; its queue is looked at, not taken.
+pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -> Result<Captured> {
+    let fd = probe.file.as_fd();
+    let socket_type = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_TYPE)?;
+    let address = unix_socket::name(fd).context("asking for the socket's name")?;
+    let mut path_mode = None;
+    if let Some(path) = address.as_deref().filter(|a| a.first() != Some(&0)) {
+        let path = std::str::from_utf8(path).context("the socket's path is not UTF-8")?;
+        if !path.starts_with('/') {
+            bail!("it is bound to the relative path {path}, which cannot be found again");
+        }
+        path_mode = nix::sys::stat::stat(path).ok().map(|s| (s.st_mode & 0o7777, s.st_uid, s.st_gid));
+    }
+    let inode = probe.stat.st_ino;
+    let peer = peers.peer(inode, ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0);
+    if matches!(peer, Peer::Waiting(_)) && ioctl::unsent(fd)? != 0 {
+        bail!("it sent data to a listener that has not accepted it yet: try again in a moment");
+    }
+    let options = OPTIONS
+        .into_iter()
+        .filter_map(|name| Some((libc::SOL_SOCKET, name, ioctl::sockopt(fd, libc::SOL_SOCKET, name, 16).ok()?)))
+        .collect();
+    let messages = match peer {
+        Peer::Listening { .. } => Vec::new(),
+        _ => queue(fd, context).context("looking at the queue")?,
+    };
+    Captured::new(&UnixSocket {
+        socket_type,
+        inode,
+        address,
+        path_mode,
+        peer,
+        shutdown: peers.shutdown(inode),
+        messages,
+        options,
+    })
+}
+
+/// The queue, message by message: the kernel keeps the place in `SO_PEEK_OFF` (socket(7)).
+fn queue(fd: BorrowedFd<'_>, context: &mut dyn CaptureContext) -> Result<Vec<Message>> {
+    if ioctl::readable(fd)? == 0 && unix_socket::peek(fd, 1)?.is_none_or(|m| m.data.is_empty() && m.files.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let place = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+    ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
+    let mut messages = Vec::new();
+    let result = (|| -> Result<()> {
+        while let Some(message) = unix_socket::peek(fd, PIECE)? {
+            if message.data.is_empty() && message.files.is_empty() && message.from.is_none() {
+                break; // end of the stream
+            }
+            let files = message.files.into_iter().map(|f| context.in_flight(f)).collect::<Result<_>>()?;
+            messages.push(Message { data: message.data, from: message.from, files });
+        }
+        Ok(())
+    })();
+    ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place)?;
+    result.map(|()| messages)
+}
