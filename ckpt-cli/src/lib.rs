@@ -1,6 +1,8 @@
 //! ckpt: checkpoint and restore running distributed jobs from the outside.
 
 pub mod capture;
+pub mod cluster;
+pub mod doctor;
 pub mod job;
 pub mod memory;
 pub mod objects;

@@ -9,7 +9,13 @@ use procfs::process::{Process as Proc, VmFlags};
 use std::os::fd::AsFd;
 
 /// Captures the address space; pages are copied into the table's staging memory.
-pub(super) fn capture(pid: i32, proc: &Proc, maps: &Maps, brk: u64, table: &mut Table<'_>) -> Result<AddressSpace> {
+pub(super) fn capture(
+    pid: i32,
+    proc: &Proc,
+    maps: &Maps,
+    brk: u64,
+    table: &mut Table<'_>,
+) -> Result<AddressSpace> {
     let stat = proc.stat()?;
     let field = |value: Option<u64>, name| value.with_context(|| format!("/proc/{pid}/stat has no {name}"));
     let memory = table.new_memory();
@@ -44,8 +50,10 @@ pub(super) fn capture(pid: i32, proc: &Proc, maps: &Maps, brk: u64, table: &mut 
             Backing::Kernel { .. } | Backing::SharedFile { .. } => {}
             Backing::Anonymous | Backing::PrivateFile { .. } => {
                 let mut runs = Vec::new();
-                pagemap::scan(pagemap.as_fd(), map.start, map.end, own_pages(), |r| runs.push((r.start, r.end)))
-                    .context("listing the pages of a mapping")?;
+                pagemap::scan(pagemap.as_fd(), map.start, map.end, own_pages(), |r| {
+                    runs.push((r.start, r.end))
+                })
+                .context("listing the pages of a mapping")?;
                 table.stage_pages(pid, memory, &runs, map.prot & libc::PROT_READ != 0)?;
             }
         }

@@ -6,10 +6,10 @@ use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, S
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
 use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::MemoryId;
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
-use ckpt_common::image::MemoryId;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -63,7 +63,9 @@ impl<'a> Table<'a> {
             unix: unix::Peers::default(),
         };
         for process in frozen.processes.values().filter(|p| !p.threads.is_empty()) {
-            table.scan(process.pid).with_context(|| format!("reading the descriptors of process {}", process.pid))?;
+            table
+                .scan(process.pid)
+                .with_context(|| format!("reading the descriptors of process {}", process.pid))?;
         }
         Ok(table)
     }
@@ -160,7 +162,9 @@ impl<'a> Table<'a> {
                     self.unix = peers;
                     captured
                 }
-                SocketKind::Tcp | SocketKind::Udp | SocketKind::Other => bail!("this kind of socket is not supported"),
+                SocketKind::Tcp | SocketKind::Udp | SocketKind::Other => {
+                    bail!("this kind of socket is not supported")
+                }
             },
             Class::Terminal | Class::Unknown => bail!("this kind of object is not supported"),
         }
@@ -177,12 +181,24 @@ impl<'a> Table<'a> {
     }
 
     /// Copies pages of a process.
-    pub(super) fn stage_pages(&mut self, pid: i32, id: MemoryId, runs: &[(u64, u64)], readable: bool) -> Result<()> {
+    pub(super) fn stage_pages(
+        &mut self,
+        pid: i32,
+        id: MemoryId,
+        runs: &[(u64, u64)],
+        readable: bool,
+    ) -> Result<()> {
         self.staging.copy_pages(pid, id, runs, readable)
     }
 
     /// A description for a mapped file or the executable; `name` is a link below /proc/PID.
-    pub(super) fn mapped_file(&mut self, pid: i32, key: Option<(u64, u64)>, name: &str, write: bool) -> Result<FileId> {
+    pub(super) fn mapped_file(
+        &mut self,
+        pid: i32,
+        key: Option<(u64, u64)>,
+        name: &str,
+        write: bool,
+    ) -> Result<FileId> {
         if let Some(id) = key.and_then(|(device, inode)| self.mapped.get(&(device, inode, write))) {
             return Ok(*id);
         }
@@ -220,7 +236,8 @@ impl CaptureContext for Table<'_> {
     }
 
     fn epoll_target(&self, pid: i32, epfd: i32, tfd: i32, nth: u32) -> Option<FileId> {
-        let is = |owner: i32, fd: i32| kcmp::epoll_target(owner, fd, pid, epfd, tfd as u32, nth).unwrap_or(false);
+        let is =
+            |owner: i32, fd: i32| kcmp::epoll_target(owner, fd, pid, epfd, tfd as u32, nth).unwrap_or(false);
         if is(pid, tfd) {
             return self.file_at(pid, tfd);
         }

@@ -95,7 +95,8 @@ impl Session {
         let start = Instant::now();
         let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
         let mut finder = Finder::default();
-        let mut table = descriptors::Table::new(&frozen, &self.options, &self.plan.foreign, &mut self.staging)?;
+        let mut table =
+            descriptors::Table::new(&frozen, &self.options, &self.plan.foreign, &mut self.staging)?;
         table.capture()?;
         let mut threads = 0;
         for process in frozen.processes.values_mut() {
@@ -105,7 +106,8 @@ impl Session {
             self.processes.push(captured);
         }
         self.files = table.finish()?;
-        let pids: Vec<(i32, i32)> = frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
+        let pids: Vec<(i32, i32)> =
+            frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);
         let report = CutReport {
             took: start.elapsed(),

@@ -56,7 +56,9 @@ pub(super) fn outside(probe: &Probe, foreign: &HashSet<u64>) -> Option<OutsideKi
     match probe.class() {
         Class::Terminal => Some(OutsideKind::Terminal),
         Class::Pipe if shared && probe.link.starts_with("pipe:") => Some(OutsideKind::Pipe),
-        Class::Socket if shared && objects::socket_kind(probe).ok()? == SocketKind::Unix => Some(OutsideKind::Unix),
+        Class::Socket if shared && objects::socket_kind(probe).ok()? == SocketKind::Unix => {
+            Some(OutsideKind::Unix)
+        }
         _ => None,
     }
 }
@@ -109,7 +111,10 @@ pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
         }
         let mut check = Check { pid: *pid, name: stat.comm, plan: &mut plan, options };
         if ours.contains(pid) {
-            check.block("the process", "it is ckpt itself or one of its parents; start ckpt from outside the job");
+            check.block(
+                "the process",
+                "it is ckpt itself or one of its parents; start ckpt from outside the job",
+            );
             continue;
         }
         // A process that ends while we look is no obstacle.
@@ -190,16 +195,23 @@ impl Check<'_> {
         }
         let leader = self.pid;
         for tid in proc::threads(leader)?.into_iter().filter(|tid| *tid != leader) {
-            for (what, resource) in [("descriptor table", kcmp::Resource::Files), ("working directory", kcmp::Resource::Fs)] {
+            for (what, resource) in
+                [("descriptor table", kcmp::Resource::Files), ("working directory", kcmp::Resource::Fs)]
+            {
                 if !kcmp::shared(self.pid, tid, resource).unwrap_or(true) {
                     self.block(&format!("thread {tid}"), &format!("it has a {what} of its own (unshare)"));
                 }
             }
         }
         if job.contains(&parent) {
-            for (what, resource) in [("memory", kcmp::Resource::Vm), ("descriptor table", kcmp::Resource::Files)] {
+            for (what, resource) in
+                [("memory", kcmp::Resource::Vm), ("descriptor table", kcmp::Resource::Files)]
+            {
                 if kcmp::shared(self.pid, parent, resource).unwrap_or(false) && !vfork_window(parent) {
-                    self.block("the process", &format!("it shares its {what} with its parent {parent} (clone)"));
+                    self.block(
+                        "the process",
+                        &format!("it shares its {what} with its parent {parent} (clone)"),
+                    );
                 }
             }
         }
@@ -209,7 +221,9 @@ impl Check<'_> {
     fn namespaces(&mut self) -> Result<()> {
         for name in ["mnt", "net", "ipc", "uts", "user", "time"] {
             let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
-            if of(&self.pid.to_string()).with_context(|| format!("reading the {name} namespace"))? != of("self")? {
+            if of(&self.pid.to_string()).with_context(|| format!("reading the {name} namespace"))?
+                != of("self")?
+            {
                 let reason = format!("it is in another {name} namespace than ckpt; run ckpt in there");
                 self.block(&format!("{name} namespace"), &reason);
             }
@@ -233,7 +247,9 @@ impl Check<'_> {
             match probe.class() {
                 Class::Unknown => self.block(&what, "this kind of object is not supported"),
                 Class::Socket => match objects::socket_kind(&probe)? {
-                    SocketKind::Other => self.block(&what, "sockets of this family or type are not supported"),
+                    SocketKind::Other => {
+                        self.block(&what, "sockets of this family or type are not supported")
+                    }
                     SocketKind::Tcp => self.plan.tcp = true,
                     SocketKind::Udp | SocketKind::Unix => {}
                 },

@@ -20,7 +20,11 @@ const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_THP_DISABLE: u64 = 42;
 
 /// Captures a frozen process.
-pub(super) fn capture(frozen: &mut FrozenProcess, finder: &mut Finder, table: &mut Table<'_>) -> Result<Process> {
+pub(super) fn capture(
+    frozen: &mut FrozenProcess,
+    finder: &mut Finder,
+    table: &mut Table<'_>,
+) -> Result<Process> {
     let pid = frozen.pid;
     let proc = Proc::new(pid)?;
     let (stat, status) = (proc.stat()?, proc.status()?);
@@ -61,10 +65,13 @@ pub(super) fn capture(frozen: &mut FrozenProcess, finder: &mut Finder, table: &m
     if process.zombie.is_some() {
         return Ok(process);
     }
-    process.exe = proc::link(pid, "exe").context("reading the executable's path")?.to_string_lossy().into_owned();
+    process.exe =
+        proc::link(pid, "exe").context("reading the executable's path")?.to_string_lossy().into_owned();
     process.cmdline = proc.cmdline().unwrap_or_default();
-    process.cwd = proc::link(pid, "cwd").context("reading the working directory")?.to_string_lossy().into_owned();
-    process.root = proc::link(pid, "root").context("reading the root directory")?.to_string_lossy().into_owned();
+    process.cwd =
+        proc::link(pid, "cwd").context("reading the working directory")?.to_string_lossy().into_owned();
+    process.root =
+        proc::link(pid, "root").context("reading the root directory")?.to_string_lossy().into_owned();
     process.limits = (0..LIMITS)
         .map(|n| task::limit(pid, n).map(|(soft, hard)| (n, soft, hard)))
         .collect::<std::io::Result<_>>()
@@ -96,7 +103,8 @@ fn ask(threads: &mut [Stopped], arena: Arena, process: &mut Process) -> Result<u
     let leader = threads.first_mut().context("it has no thread left")?;
     let brk = shared_state(leader, arena, process)?;
     for thread in threads {
-        let captured = thread::capture(thread, arena).with_context(|| format!("capturing thread {}", thread.tid))?;
+        let captured =
+            thread::capture(thread, arena).with_context(|| format!("capturing thread {}", thread.tid))?;
         process.threads.push(captured);
     }
     Ok(brk)
@@ -110,7 +118,11 @@ fn shared_state(leader: &mut Stopped, arena: Arena, process: &mut Process) -> Re
         .filter(|s| ![libc::SIGKILL, libc::SIGSTOP].contains(s))
         .map(|signal| {
             let old = batch.bytes(&[0; 32]);
-            batch.call(format!("rt_sigaction({signal})"), libc::SYS_rt_sigaction, &[signal as u64, 0, old, 8]);
+            batch.call(
+                format!("rt_sigaction({signal})"),
+                libc::SYS_rt_sigaction,
+                &[signal as u64, 0, old, 8],
+            );
             (signal, old)
         })
         .collect();

@@ -70,7 +70,9 @@ mod tests {
 
     #[test]
     fn an_address_without_substitute_is_left_out() {
-        assert_eq!(mapped(&[("eth0", "10.0.0.1"), ("eth0", "fd00::1")], &[("eth0", "10.0.0.2")]),
-            "10.0.0.1>10.0.0.2");
+        assert_eq!(
+            mapped(&[("eth0", "10.0.0.1"), ("eth0", "fd00::1")], &[("eth0", "10.0.0.2")]),
+            "10.0.0.1>10.0.0.2"
+        );
     }
 }

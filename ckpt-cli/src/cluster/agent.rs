@@ -51,7 +51,7 @@ struct Shared {
     /// The working thread has ended.
     done: AtomicBool,
     /// Follows and stops the writing of parts.
-    watch: Arc<Watch>,
+    watch: Mutex<Arc<Watch>>,
     /// Steps done, besides bytes written.
     steps: AtomicU64,
 }
@@ -60,7 +60,7 @@ impl Shared {
     fn lose(&self, why: &str) {
         if !self.lost.swap(true, Ordering::Relaxed) {
             tracing::warn!(why, "the coordinator is gone");
-            self.watch.cancel();
+            lock(&self.watch).cancel();
         }
     }
 
@@ -82,7 +82,7 @@ pub fn serve(
         patience: Mutex::new(FIRST_PATIENCE),
         lost: AtomicBool::new(false),
         done: AtomicBool::new(false),
-        watch: Arc::default(),
+        watch: Mutex::default(),
         steps: AtomicU64::new(0),
     });
     let (requests_in, requests) = crossbeam_channel::bounded(4);
@@ -135,7 +135,7 @@ fn live(shared: &Shared, output: &Mutex<FrameWriter<impl Write>>) {
     while !shared.done.load(Ordering::Relaxed) {
         thread::sleep(TICK);
         if last.elapsed() >= *lock(&shared.patience) / 10 {
-            let progress = shared.watch.bytes() + shared.steps.load(Ordering::Relaxed);
+            let progress = lock(&shared.watch).bytes() + shared.steps.load(Ordering::Relaxed);
             if lock(output).write(&Response::Alive(progress)).is_err() {
                 return shared.lose("nobody reads our answers");
             }
@@ -178,6 +178,7 @@ impl Agent<'_> {
     fn run(&mut self, requests: &Receiver<Request>, output: &Mutex<FrameWriter<impl Write>>) -> Result<()> {
         loop {
             let request = match requests.recv_timeout(TICK) {
+                Ok(_) if self.shared.is_lost() => return Ok(()),
                 Ok(request) => request,
                 Err(RecvTimeoutError::Timeout) if self.shared.is_lost() => return Ok(()),
                 Err(RecvTimeoutError::Timeout) => continue,
@@ -185,7 +186,7 @@ impl Agent<'_> {
             };
             let response = self.handle(request).unwrap_or_else(|error| {
                 // Undone at once: a session that failed is of no use any more.
-                self.state = State::Idle;
+                self.abort();
                 Response::Failed(failure_of(&error))
             });
             self.shared.steps.fetch_add(1, Ordering::Relaxed);
@@ -251,6 +252,7 @@ impl Agent<'_> {
     fn plan_dump(&mut self, task: DumpTask) -> Result<PlanReport> {
         let addresses = addresses()?;
         let store = shared_store(&task)?;
+        *lock(&self.shared.watch) = Arc::default();
         let pids = selector::find(&task.selector)?;
         if pids.is_empty() {
             return Ok(PlanReport { addresses, ..Default::default() });
@@ -275,7 +277,7 @@ impl Agent<'_> {
         let mut part = store.part_writer(PartOptions {
             compress: task.options.compress.map_or(Compress::None, Compress::Zstd),
             dump: Some(task.dump.clone().into()),
-            watch: self.shared.watch.clone(),
+            watch: lock(&self.shared.watch).clone(),
         })?;
         session.save(&mut part)?;
         Ok(Response::Saved(part.finish().context("writing the part")?))
@@ -336,7 +338,6 @@ impl Agent<'_> {
 
     /// Undoes everything. Processes that run again already have peers that do not: they are ended.
     fn abort(&mut self) {
-        self.shared.watch.cancel();
         if let State::Released(pids) = std::mem::replace(&mut self.state, State::Idle) {
             for pid in pids {
                 let pid = nix::unistd::Pid::from_raw(pid);
@@ -381,4 +382,93 @@ fn addresses() -> Result<Vec<NodeAddress>> {
         addresses.push(NodeAddress { interface: interface.interface_name, address });
     }
     Ok(addresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::PartReader;
+    use ckpt_common::wire::{DumpOptions, RestoreOptions, Selector};
+
+    struct NoEngine;
+
+    impl Engine for NoEngine {
+        fn plan_dump(&self, _: &[i32], _: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+            bail!("not here")
+        }
+        fn plan_restore(
+            &self,
+            _: PartReader,
+            _: &RestoreOptions,
+        ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
+            bail!("not here")
+        }
+    }
+
+    /// Sends requests to an agent and gives its answers, up to its end.
+    fn converse(requests: &[Request]) -> Vec<Response> {
+        let (input, ours) = std::io::pipe().unwrap();
+        let (theirs, output) = std::io::pipe().unwrap();
+        let mut writer = FrameWriter::new(ours);
+        let requests = requests.to_vec();
+        thread::scope(|scope| {
+            scope.spawn(move || serve(&NoEngine, input, output, &|_| {}).unwrap());
+            let mut reader = FrameReader::new(theirs);
+            let mut answers = Vec::new();
+            for request in requests {
+                writer.write(&request).unwrap();
+                answers.push(loop {
+                    match reader.read::<Response>().unwrap().unwrap() {
+                        Response::Alive(_) => {}
+                        answer => break answer,
+                    }
+                });
+            }
+            drop(writer);
+            answers
+        })
+    }
+
+    fn failure(response: &Response) -> (FailureClass, &str) {
+        match response {
+            Response::Failed(failure) => (failure.class, &failure.message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn requests_out_of_order_are_refused() {
+        let requests = [Request::Cut, Request::Save, Request::Commit, Request::Build, Request::Release];
+        for response in converse(&requests) {
+            let (class, message) = failure(&response);
+            assert_eq!(class, FailureClass::Other);
+            assert!(message.ends_with("is under way on this node"), "{message}");
+        }
+    }
+
+    #[test]
+    fn another_store_than_the_coordinators_is_refused() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("store");
+        let task = |store: &Path| {
+            Request::PlanDump(DumpTask {
+                store: store.to_str().unwrap().to_owned(),
+                dump: "0".repeat(32),
+                selector: Selector::Pids(vec![1]),
+                options: DumpOptions::default(),
+            })
+        };
+        let missing = converse(&[task(&path)]).remove(0);
+        assert_eq!(failure(&missing).0, FailureClass::NoStore);
+        Store::create(&path).unwrap();
+        let other = converse(&[task(&path)]).remove(0);
+        let (class, message) = failure(&other);
+        assert_eq!(class, FailureClass::NoStore);
+        assert!(message.ends_with("is not the coordinator's store but another one"), "{message}");
+    }
+
+    #[test]
+    fn loopback_is_no_address_of_a_node() {
+        assert!(addresses().unwrap().iter().all(|entry| !entry.address.is_loopback()));
+    }
 }

@@ -163,7 +163,9 @@ mod tests {
         let mut both = [connection("127.0.0.1:1", "127.0.0.1:2"), connection("127.0.0.1:2", "127.0.0.1:1")];
         both[0].position = Some(Position { acknowledged: 5, written: 30, received: 7 });
         both[1].position = Some(Position { acknowledged: 7, written: 7, received: 10 });
-        let nodes = |connections| [NodeView { connections, addresses: &[] }];
+        fn nodes(connections: &[Connection]) -> [NodeView<'_>; 1] {
+            [NodeView { connections, addresses: &[] }]
+        }
         let inside = [[(0, 0), (0, 1)]];
         let found = table(&nodes(&both), &inside).unwrap();
         assert_eq!((found[0].in_flight(0), found[0].in_flight(1)), (20, 0));

@@ -151,9 +151,12 @@ pub fn failure_of(error: &anyhow::Error) -> Failure {
         (class, hint) = (stated.class, stated.hint.clone());
     } else if let Some(store) = store {
         (class, hint) = (store_class(store), store_hint(store));
-    } else if job.is_none() && system.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
+    } else if job.is_none()
+        && system.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+    {
         class = FailureClass::System;
-        hint = Some("ckpt needs root, or CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE; try `ckpt doctor`".into());
+        hint =
+            Some("ckpt needs root, or CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE; try `ckpt doctor`".into());
     }
     Failure { message: format!("{error:#}"), hint, class }
 }

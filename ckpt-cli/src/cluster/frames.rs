@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_login_script_that_talks_is_shown() {
-        let error = FrameReader::new(&b"Welcome to node1! Have a nice day"[..]).read::<Request>().unwrap_err();
+        let error =
+            FrameReader::new(&b"Welcome to node1! Have a nice day"[..]).read::<Request>().unwrap_err();
         let text = "it does not speak ckpt's protocol: it sent \"Welcome to node1\"";
         assert_eq!(error.to_string(), text);
     }

@@ -21,6 +21,8 @@ use std::{
 /// How long the coordinator waits.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
+    /// Longest time until a new agent gives its first sign of life (ssh has a limit of its own).
+    pub start: Duration,
     /// Silence after which the other side is given up.
     pub patience: Duration,
     /// Longest time for an answer, counted from the last progress that the agent reports.
@@ -32,7 +34,7 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Self {
         let seconds = Duration::from_secs;
-        Self { patience: seconds(10), answer: seconds(120), end: seconds(10) }
+        Self { start: seconds(30), patience: seconds(10), answer: seconds(120), end: seconds(10) }
     }
 }
 
@@ -79,10 +81,8 @@ impl Link {
         interrupted: &AtomicBool,
     ) -> Result<Self> {
         let lost = |why: String| ClusterError::Lost { node: node.to_owned(), what: "the agent".into(), why };
-        let mut child = launcher
-            .command(node)
-            .spawn()
-            .map_err(|error| lost(format!("could not be started: {error}")))?;
+        let mut child =
+            launcher.command(node).spawn().map_err(|error| lost(format!("could not be started: {error}")))?;
         let (Some(stdin), Some(stdout), Some(stderr)) =
             (child.stdin.take(), child.stdout.take(), child.stderr.take())
         else {
@@ -109,8 +109,7 @@ impl Link {
             timing,
         };
         let ours = hello.ckpt.clone();
-        // ssh may take its time: it has its own limit for the connection.
-        *lock(&signs.heard) = Some(Instant::now() + Duration::from_secs(20));
+        *lock(&signs.heard) = Some(Instant::now() + timing.start.saturating_sub(timing.patience));
         match link.ask(&Request::Hello(hello), interrupted)? {
             Response::Hello { ckpt, kernel } if ckpt == ours => link.kernel = kernel,
             Response::Hello { ckpt, .. } => {
@@ -155,9 +154,13 @@ impl Link {
         limit: Option<Duration>,
     ) -> Result<Response> {
         let lost = |why: String| ClusterError::Lost { node: self.node.clone(), what: name(request), why };
-        let writer = self.writer.as_ref().ok_or_else(|| lost("cannot be asked: the link is closed".into()))?;
+        let writer =
+            self.writer.as_ref().ok_or_else(|| lost("cannot be asked: the link is closed".into()))?;
         if let Err(error) = lock(writer).write(request) {
-            return Err(lost(format!("could not be sent: {}", self.last_words(&error.to_string()))));
+            // What it sent before it ended says more than that it ended.
+            let _ = self.responses.recv_timeout(Duration::from_secs(1));
+            let why = lock(&self.signs.broken).clone().unwrap_or(error.to_string());
+            return Err(lost(format!("could not be sent: {}", self.last_words(&why))));
         }
         let (mut since, mut progress) = (Instant::now(), self.progress());
         loop {

@@ -47,7 +47,13 @@ impl Staging {
 
     /// Copies address ranges of a process. `readable`: may they be read by process_vm_readv(2), which respects their
     /// protection? Otherwise /proc/PID/mem is used, which does not.
-    pub fn copy_pages(&mut self, pid: i32, id: MemoryId, ranges: &[(u64, u64)], readable: bool) -> Result<()> {
+    pub fn copy_pages(
+        &mut self,
+        pid: i32,
+        id: MemoryId,
+        ranges: &[(u64, u64)],
+        readable: bool,
+    ) -> Result<()> {
         let mem = (!readable)
             .then(|| File::open(format!("/proc/{pid}/mem")).context("opening the memory of a process"))
             .transpose()?;
@@ -79,7 +85,8 @@ impl Staging {
                 Err(nix::Error::ENXIO) => break,
                 Err(e) => return Err(e).context("looking for data in a file"),
             };
-            let hole = lseek(file, data as i64, Whence::SeekHole).context("looking for a hole in a file")? as u64;
+            let hole =
+                lseek(file, data as i64, Whence::SeekHole).context("looking for a hole in a file")? as u64;
             at = data / PAGE_SIZE as u64 * PAGE_SIZE as u64;
             while at < hole {
                 let len = PIECE.min((hole - at) as usize);

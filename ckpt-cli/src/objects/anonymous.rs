@@ -12,7 +12,8 @@ use std::time::Duration;
 
 fn number(probe: &Probe, key: &str, radix: u32) -> Result<u64> {
     let value = probe.info.get(key).with_context(|| format!("fdinfo of fd {} shows no {key}", probe.fd))?;
-    u64::from_str_radix(value.trim_start_matches("0x"), radix).with_context(|| format!("fdinfo {key}: {value}"))
+    u64::from_str_radix(value.trim_start_matches("0x"), radix)
+        .with_context(|| format!("fdinfo {key}: {value}"))
 }
 
 /// Captures an eventfd.

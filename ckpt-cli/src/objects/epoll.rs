@@ -13,12 +13,17 @@ pub fn capture(probe: &Probe, context: &dyn CaptureContext) -> Result<Captured> 
     let mut seen: HashMap<i32, u32> = HashMap::new();
     for (_, line) in probe.info.lines.iter().filter(|(key, _)| key == "tfd") {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let after = |name: &str| words.iter().position(|w| *w == name).and_then(|i| words.get(i + 1).copied());
-        let fd: i32 = words.first().and_then(|w| w.parse().ok()).context("epoll registration without a number")?;
+        let after =
+            |name: &str| words.iter().position(|w| *w == name).and_then(|i| words.get(i + 1).copied());
+        let fd: i32 =
+            words.first().and_then(|w| w.parse().ok()).context("epoll registration without a number")?;
         let hex = |name| after(name).and_then(|v| u64::from_str_radix(v, 16).ok());
         let nth = seen.entry(fd).and_modify(|n| *n += 1).or_insert(0);
         let file = context.epoll_target(probe.pid, probe.fd, fd, *nth).with_context(|| {
-            format!("epoll fd {} of process {} watches fd {fd}, which no process of the job has open", probe.fd, probe.pid)
+            format!(
+                "epoll fd {} of process {} watches fd {fd}, which no process of the job has open",
+                probe.fd, probe.pid
+            )
         })?;
         targets.push(EpollTarget {
             fd,

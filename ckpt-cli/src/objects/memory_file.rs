@@ -12,7 +12,8 @@ use std::os::fd::OwnedFd;
 
 /// Captures the object; its content is staged once, however many descriptors and mappings show it.
 pub fn capture(probe: &Probe, context: &mut dyn CaptureContext) -> Result<Captured> {
-    let file = File::from(RebuildContext::reopen(&probe.file, libc::O_RDONLY).context("opening it for reading")?);
+    let file =
+        File::from(RebuildContext::reopen(&probe.file, libc::O_RDONLY).context("opening it for reading")?);
     let size = probe.stat.st_size as u64;
     let content = context.stage((probe.stat.st_dev, probe.stat.st_ino), &file, size)?;
     let name = probe.link.strip_prefix("/memfd:").map(|n| n.trim_end_matches(" (deleted)").to_owned());
@@ -38,7 +39,9 @@ pub fn rebuild(file: &MemoryFile, flags: i32, context: &mut RebuildContext<'_>) 
                 let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
                 memfd_create(name.as_c_str(), flags).context("memfd_create")?
             }
-            None => crate::sys::memory::shared_anonymous(file.size).context("mapping shared anonymous memory")?,
+            None => {
+                crate::sys::memory::shared_anonymous(file.size).context("mapping shared anonymous memory")?
+            }
         };
         let out = File::from(made);
         if file.name.is_some() {

@@ -38,7 +38,8 @@ pub struct Probe {
 impl Probe {
     /// Looks at descriptor `fd` of `pid`.
     pub fn new(pid: i32, pidfd: BorrowedFd<'_>, fd: i32) -> Result<Self> {
-        let file = crate::sys::pidfd::getfd(pidfd, fd).with_context(|| format!("taking fd {fd} of process {pid}"))?;
+        let file = crate::sys::pidfd::getfd(pidfd, fd)
+            .with_context(|| format!("taking fd {fd} of process {pid}"))?;
         Self::of(pid, fd, file)
     }
 
@@ -50,7 +51,8 @@ impl Probe {
     }
 
     fn of(pid: i32, fd: i32, file: OwnedFd) -> Result<Self> {
-        let stat = nix::sys::stat::fstat(&file).with_context(|| format!("fstat of fd {fd} of process {pid}"))?;
+        let stat =
+            nix::sys::stat::fstat(&file).with_context(|| format!("fstat of fd {fd} of process {pid}"))?;
         let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"))
             .with_context(|| format!("reading what fd {fd} of process {pid} is"))?
             .to_string_lossy()
@@ -68,7 +70,9 @@ impl Probe {
     /// What kind of object it is.
     pub fn class(&self) -> Class {
         match self.file_type() {
-            SFlag::S_IFREG if self.link.starts_with("/memfd:") || self.link == "/dev/zero (deleted)" => Class::MemoryFile,
+            SFlag::S_IFREG if self.link.starts_with("/memfd:") || self.link == "/dev/zero (deleted)" => {
+                Class::MemoryFile
+            }
             SFlag::S_IFREG if self.link.starts_with("/SYSV") => Class::Unknown,
             _ if self.link.starts_with("anon_inode:") => match &self.link["anon_inode:".len()..] {
                 "[eventfd]" => Class::EventFd,

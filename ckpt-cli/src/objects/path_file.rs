@@ -1,9 +1,9 @@
 //! Files with a path: regular files (deleted ones too), directories, device nodes.
 
 use super::{CaptureContext, Captured, FilePolicy, Probe, RebuildContext, open_flags};
+use crate::sys::ioctl;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::objects::{FileRestore, PathFile};
-use crate::sys::ioctl;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::{Whence, lseek};
@@ -22,7 +22,8 @@ fn record(probe: &Probe, context: &mut dyn CaptureContext) -> Result<PathFile> {
     let regular = probe.file_type() == SFlag::S_IFREG;
     let deleted = stat.st_nlink == 0 || probe.link.ends_with(DELETED);
     let path = probe.link.strip_suffix(DELETED).unwrap_or(&probe.link).to_owned();
-    let writable = probe.info.flags & libc::O_ACCMODE != libc::O_RDONLY && probe.info.flags & libc::O_PATH == 0;
+    let writable =
+        probe.info.flags & libc::O_ACCMODE != libc::O_RDONLY && probe.info.flags & libc::O_PATH == 0;
     let policy = context.file_policy();
     let restore = match (regular, deleted, writable) {
         (false, ..) => FileRestore::Leave,
@@ -58,9 +59,10 @@ fn volatile(path: &str) -> bool {
 }
 
 fn stage(probe: &Probe, context: &mut dyn CaptureContext) -> Result<ckpt_common::image::MemoryId> {
-    let file = File::from(RebuildContext::reopen(&probe.file, libc::O_RDONLY).with_context(|| {
-        format!("opening {} for reading, to save its content", probe.link)
-    })?);
+    let file = File::from(
+        RebuildContext::reopen(&probe.file, libc::O_RDONLY)
+            .with_context(|| format!("opening {} for reading, to save its content", probe.link))?,
+    );
     context.stage((probe.stat.st_dev, probe.stat.st_ino), &file, probe.stat.st_size as u64)
 }
 
@@ -101,8 +103,12 @@ pub fn obstacle(file: &PathFile) -> Option<String> {
     if (stat.st_mode ^ file.mode) & SFlag::S_IFMT.bits() != 0 {
         return Some(format!("{path} is a file of another type"));
     }
-    (file.restore == FileRestore::Unchanged && stat.st_size as u64 != file.size)
-        .then(|| format!("{path} has another size than at the checkpoint ({} against {} bytes)", stat.st_size, file.size))
+    (file.restore == FileRestore::Unchanged && stat.st_size as u64 != file.size).then(|| {
+        format!(
+            "{path} has another size than at the checkpoint ({} against {} bytes)",
+            stat.st_size, file.size
+        )
+    })
 }
 
 /// Opens the file again, its bytes as they were.
@@ -112,7 +118,8 @@ pub fn rebuild(file: &PathFile, flags: i32, context: &mut RebuildContext<'_>) ->
         deleted(file, &path, flags, context)?
     } else {
         restore_bytes(file, &path, context)?;
-        nix::fcntl::open(path.as_str(), open_flags(flags), Mode::empty()).with_context(|| format!("opening {path}"))?
+        nix::fcntl::open(path.as_str(), open_flags(flags), Mode::empty())
+            .with_context(|| format!("opening {path}"))?
     };
     if file.mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && flags & libc::O_PATH == 0 {
         lseek(&fd, file.position as i64, Whence::SeekSet).with_context(|| format!("seeking in {path}"))?;
@@ -161,7 +168,9 @@ fn restore_bytes(file: &PathFile, path: &str, context: &mut RebuildContext<'_>) 
 /// A file without a name, as it was: created beside its old place so that it lies on the same file system.
 fn deleted(file: &PathFile, path: &str, flags: i32, context: &mut RebuildContext<'_>) -> Result<OwnedFd> {
     if !context.by_inode.contains_key(&file.inode) {
-        let FileRestore::Content(memory) = file.restore else { bail!("{path}: deleted file without content") };
+        let FileRestore::Content(memory) = file.restore else {
+            bail!("{path}: deleted file without content")
+        };
         let name = format!("{path}.ckpt-{}", std::process::id());
         let mode = Mode::from_bits_truncate(file.mode & 0o7777);
         let create = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
@@ -175,5 +184,6 @@ fn deleted(file: &PathFile, path: &str, flags: i32, context: &mut RebuildContext
         context.by_inode.insert(file.inode, out.into());
     }
     let again = format!("/proc/self/fd/{}", context.by_inode[&file.inode].as_fd().as_raw_fd());
-    nix::fcntl::open(again.as_str(), open_flags(flags), Mode::empty()).with_context(|| format!("reopening {path}"))
+    nix::fcntl::open(again.as_str(), open_flags(flags), Mode::empty())
+        .with_context(|| format!("reopening {path}"))
 }

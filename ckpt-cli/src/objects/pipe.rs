@@ -16,7 +16,8 @@ pub fn key(probe: &Probe) -> u64 {
 /// Captures one end; `seen` holds the pipes whose content was taken already.
 pub fn capture(probe: &Probe, seen: &mut HashSet<u64>) -> Result<Captured> {
     let inode = key(probe);
-    let capacity = fcntl(&probe.file, FcntlArg::F_GETPIPE_SZ).context("asking for the pipe's capacity")? as u32;
+    let capacity =
+        fcntl(&probe.file, FcntlArg::F_GETPIPE_SZ).context("asking for the pipe's capacity")? as u32;
     let data = seen.insert(inode).then(|| peek(probe, capacity)).transpose()?;
     let path = (!probe.link.starts_with("pipe:")).then(|| probe.link.clone());
     Captured::new(&Pipe { inode, path, capacity, data })
@@ -25,7 +26,8 @@ pub fn capture(probe: &Probe, seen: &mut HashSet<u64>) -> Result<Captured> {
 /// Reads the content without taking it: tee(2) into a pipe of ours.
 fn peek(probe: &Probe, capacity: u32) -> Result<Vec<u8>> {
     // A second description, for reading and without blocking: the flags of the program's own stay as they are.
-    let source = RebuildContext::reopen(&probe.file, libc::O_RDONLY | libc::O_NONBLOCK).context("opening the pipe")?;
+    let source =
+        RebuildContext::reopen(&probe.file, libc::O_RDONLY | libc::O_NONBLOCK).context("opening the pipe")?;
     let waiting = crate::sys::ioctl::readable(std::os::fd::AsFd::as_fd(&source))?;
     if waiting == 0 {
         return Ok(Vec::new());
@@ -53,15 +55,20 @@ pub fn rebuild(pipe: &Pipe, flags: i32, context: &mut RebuildContext<'_>) -> Res
                         .with_context(|| format!("creating FIFO {path}"))?;
                 }
                 // Both directions at once (fifo(7)): never blocks for the other end.
-                nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
-                    .with_context(|| format!("opening FIFO {path}"))?
+                nix::fcntl::open(
+                    path.as_str(),
+                    OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
+                    Mode::empty(),
+                )
+                .with_context(|| format!("opening FIFO {path}"))?
             }
             None => {
                 let (read, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
                 RebuildContext::reopen(&read, libc::O_RDWR | libc::O_NONBLOCK)?
             }
         };
-        fcntl(&handle, FcntlArg::F_SETPIPE_SZ(pipe.capacity as i32)).context("setting the pipe's capacity")?;
+        fcntl(&handle, FcntlArg::F_SETPIPE_SZ(pipe.capacity as i32))
+            .context("setting the pipe's capacity")?;
         context.by_inode.insert(pipe.inode, handle);
     }
     let handle = &context.by_inode[&pipe.inode];

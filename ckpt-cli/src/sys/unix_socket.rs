@@ -100,7 +100,8 @@ pub fn peek(fd: BorrowedFd<'_>, max: usize) -> io::Result<Option<Peeked>> {
             cmsg = libc::CMSG_NXTHDR(&raw const message, cmsg);
         }
         data.truncate(n as usize);
-        let from = (message.msg_namelen > 2).then(|| path(&addr.assume_init(), message.msg_namelen)).flatten();
+        let from =
+            (message.msg_namelen > 2).then(|| path(&addr.assume_init(), message.msg_namelen)).flatten();
         Ok(Some(Peeked { data, from, files }))
     }
 }

@@ -7,8 +7,8 @@
 pub mod digest;
 pub mod error;
 pub mod file;
-pub mod objects;
 pub mod manifest;
+pub mod objects;
 pub mod pack;
 pub mod pages;
 pub mod part;

@@ -291,6 +291,8 @@ pub enum FailureClass {
     Usage,
     /// The target cannot be checkpointed, or not restored here.
     Blocked,
+    /// As [`FailureClass::Blocked`], but it may work a moment later.
+    Transient,
     /// Kernel or privilege lacking.
     System,
     /// No store.

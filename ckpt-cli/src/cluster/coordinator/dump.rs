@@ -29,6 +29,9 @@ const OUTSIDE_TCP: &str = "outside-tcp";
 const ATTEMPTS: u32 = 5;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
 
+/// Blockers with the names of their nodes.
+type OnNodes = Vec<(String, Blocker)>;
+
 /// What to dump.
 pub struct DumpRequest {
     /// Path of the store, the same on every node.
@@ -157,7 +160,7 @@ impl Run<'_> {
             Response::Planned(report) => Some(report),
             _ => None,
         };
-        let mut lonely: Option<Vec<(String, Blocker)>> = None;
+        let mut lonely: Option<OnNodes> = None;
         loop {
             let request = |_| Request::PlanDump(task.clone());
             let mut plans = ask_all(links, self.context, request, take)?;
@@ -200,11 +203,7 @@ impl Run<'_> {
     }
 
     /// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
-    fn outside(
-        &self,
-        links: &[Link],
-        plans: &[PlanReport],
-    ) -> (Vec<(String, Blocker)>, Vec<(String, Blocker)>) {
+    fn outside(&self, links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
         if self.request.options.allow.iter().any(|kind| kind == OUTSIDE_TCP) {
             return Default::default();
         }
@@ -230,9 +229,10 @@ impl Run<'_> {
             let mut all = plans.iter().flat_map(|plan| &plan.addresses);
             remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
         };
-        let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views).outside.into_iter().partition(|end| {
-            own(channels::canonical(plans[end.0].connections[end.1].remote).ip())
-        });
+        let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
+            .outside
+            .into_iter()
+            .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
         (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
     }
 

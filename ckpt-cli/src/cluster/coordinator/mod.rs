@@ -4,7 +4,7 @@ mod dump;
 mod restore;
 
 pub use dump::{DumpOutcome, DumpRequest, dump};
-pub use restore::{RestoreOutcome, RestoreRequest, restore};
+pub use restore::{RestoreOutcome, RestoreRequest, StdioChoice, restore};
 
 use super::{
     ClusterError, Result,

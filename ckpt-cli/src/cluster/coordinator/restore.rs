@@ -87,7 +87,8 @@ pub fn restore(request: &RestoreRequest, context: &Context<'_>) -> Result<Restor
         return Err(crate::job::JobError::BadPlacement(why).into());
     }
     let links = context.open(&nodes)?;
-    let run = Run { request, context, faults, times: RefCell::default(), checkpoint: &checkpoint, store: &store };
+    let run =
+        Run { request, context, faults, times: RefCell::default(), checkpoint: &checkpoint, store: &store };
     match run.phases(&links) {
         Ok((pids, logs)) => Ok(RestoreOutcome {
             nodes: nodes.into_iter().zip(pids).collect(),
@@ -129,8 +130,7 @@ impl Run<'_> {
             Response::Released(pids) => Some(pids),
             _ => None,
         };
-        let pids =
-            self.phase(Phase::Release, || ask_all(links, self.context, |_| Request::Release, take))?;
+        let pids = self.phase(Phase::Release, || ask_all(links, self.context, |_| Request::Release, take))?;
         Ok((pids, logs))
     }
 
@@ -179,7 +179,8 @@ impl Run<'_> {
 /// What each node must know of the others: the address map, the same for all, and what the other
 /// end of each of its connections has received.
 fn connect_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<ConnectTask> {
-    let pairs = |(node, report): (&NodePart, &RestoreReport)| addresses::map(&node.addresses, &report.addresses);
+    let pairs =
+        |(node, report): (&NodePart, &RestoreReport)| addresses::map(&node.addresses, &report.addresses);
     let addresses: Vec<_> = manifest.nodes.iter().zip(reports).flat_map(pairs).collect();
     let peers = |node: usize| {
         let mut peers = Vec::new();

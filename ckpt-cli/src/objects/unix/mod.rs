@@ -16,8 +16,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 const PIECE: usize = 1 << 20;
 
 /// Options that come back, all of them of `SOL_SOCKET`.
-const OPTIONS: [i32; 6] =
-    [libc::SO_SNDBUF, libc::SO_RCVBUF, libc::SO_PASSCRED, libc::SO_RCVTIMEO, libc::SO_SNDTIMEO, libc::SO_PASSSEC];
+const OPTIONS: [i32; 6] = [
+    libc::SO_SNDBUF,
+    libc::SO_RCVBUF,
+    libc::SO_PASSCRED,
+    libc::SO_RCVTIMEO,
+    libc::SO_SNDTIMEO,
+    libc::SO_PASSSEC,
+];
 
 /// Captures a socket; its queue is looked at, not taken.
 pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -> Result<Captured> {
@@ -39,7 +45,9 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
     }
     let options = OPTIONS
         .into_iter()
-        .filter_map(|name| Some((libc::SOL_SOCKET, name, ioctl::sockopt(fd, libc::SOL_SOCKET, name, 16).ok()?)))
+        .filter_map(|name| {
+            Some((libc::SOL_SOCKET, name, ioctl::sockopt(fd, libc::SOL_SOCKET, name, 16).ok()?))
+        })
         .collect();
     let messages = match peer {
         Peer::Listening { .. } => Vec::new(),
@@ -59,7 +67,9 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
 
 /// The queue, message by message: the kernel keeps the place in `SO_PEEK_OFF` (socket(7)).
 fn queue(fd: BorrowedFd<'_>, context: &mut dyn CaptureContext) -> Result<Vec<Message>> {
-    if ioctl::readable(fd)? == 0 && unix_socket::peek(fd, 1)?.is_none_or(|m| m.data.is_empty() && m.files.is_empty()) {
+    if ioctl::readable(fd)? == 0
+        && unix_socket::peek(fd, 1)?.is_none_or(|m| m.data.is_empty() && m.files.is_empty())
+    {
         return Ok(Vec::new());
     }
     let place = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;

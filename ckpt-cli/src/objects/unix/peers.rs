@@ -111,7 +111,8 @@ pub fn peers_outside(job: &HashSet<i32>) -> Result<HashSet<u64>> {
     for pid in job {
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
             let Ok(link) = std::fs::read_link(entry.path()) else { continue };
-            let inode = link.to_str().and_then(|l| l.strip_prefix("socket:[")).map(|i| i.trim_end_matches(']'));
+            let inode =
+                link.to_str().and_then(|l| l.strip_prefix("socket:[")).map(|i| i.trim_end_matches(']'));
             own.extend(inode.and_then(|i| i.parse::<u64>().ok()));
         }
     }
@@ -120,7 +121,13 @@ pub fn peers_outside(job: &HashSet<i32>) -> Result<HashSet<u64>> {
     }
     let peers = Peers::dump()?;
     // A socket in flight in a queue is open in no process, yet part of the job: its peer says so.
-    let held = |inode: &u64| own.contains(inode) || peers.entries.get(inode).is_some_and(|e| own.contains(&e.peer) && e.peer != 0 && !peers.open_elsewhere(*inode));
+    let held = |inode: &u64| {
+        own.contains(inode)
+            || peers
+                .entries
+                .get(inode)
+                .is_some_and(|e| own.contains(&e.peer) && e.peer != 0 && !peers.open_elsewhere(*inode))
+    };
     Ok(own
         .iter()
         .copied()

@@ -4,7 +4,9 @@ use crate::sys::{ioctl, unix_socket};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::FileId;
 use ckpt_common::image::unix::{Peer, UnixSocket};
-use nix::sys::socket::{AddressFamily, Backlog, Shutdown, SockFlag, SockType, accept4, listen, shutdown, socket, socketpair};
+use nix::sys::socket::{
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, accept4, listen, shutdown, socket, socketpair,
+};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -28,7 +30,8 @@ fn text(name: &[u8]) -> String {
 }
 
 fn new(record: &UnixSocket) -> Result<OwnedFd> {
-    let fd = socket(AddressFamily::Unix, kind(record), SockFlag::SOCK_CLOEXEC, None).context("making a Unix socket")?;
+    let fd = socket(AddressFamily::Unix, kind(record), SockFlag::SOCK_CLOEXEC, None)
+        .context("making a Unix socket")?;
     options(&fd, record)?;
     Ok(fd)
 }
@@ -37,11 +40,16 @@ fn options(fd: &OwnedFd, record: &UnixSocket) -> Result<()> {
     for (level, name, value) in &record.options {
         // The kernel doubles what is set for these two, and shows it doubled (socket(7)).
         let (name, value) = match (*name, <[u8; 4]>::try_from(value.as_slice())) {
-            (libc::SO_SNDBUF, Ok(v)) => (libc::SO_SNDBUFFORCE, (i32::from_ne_bytes(v) / 2).to_ne_bytes().to_vec()),
-            (libc::SO_RCVBUF, Ok(v)) => (libc::SO_RCVBUFFORCE, (i32::from_ne_bytes(v) / 2).to_ne_bytes().to_vec()),
+            (libc::SO_SNDBUF, Ok(v)) => {
+                (libc::SO_SNDBUFFORCE, (i32::from_ne_bytes(v) / 2).to_ne_bytes().to_vec())
+            }
+            (libc::SO_RCVBUF, Ok(v)) => {
+                (libc::SO_RCVBUFFORCE, (i32::from_ne_bytes(v) / 2).to_ne_bytes().to_vec())
+            }
             (name, _) => (name, value.clone()),
         };
-        ioctl::set_sockopt(fd.as_fd(), *level, name, &value).with_context(|| format!("setting socket option {name}"))?;
+        ioctl::set_sockopt(fd.as_fd(), *level, name, &value)
+            .with_context(|| format!("setting socket option {name}"))?;
     }
     Ok(())
 }
@@ -67,7 +75,8 @@ fn bind(fd: &OwnedFd, record: &UnixSocket) -> Result<()> {
 impl Rebuilder {
     /// Takes the records of all Unix sockets of the part and makes the sockets.
     pub fn new(records: Vec<UnixSocket>) -> Result<Self> {
-        let mut all = Self { records: records.into_iter().map(|r| (r.inode, r)).collect(), ..Self::default() };
+        let mut all =
+            Self { records: records.into_iter().map(|r| (r.inode, r)).collect(), ..Self::default() };
         let mut inodes: Vec<u64> = all.records.keys().copied().collect();
         // Listeners first, connections that wait for them last: those must not be accepted by ours.
         inodes.sort_unstable_by_key(|inode| match all.records[inode].peer {
@@ -104,7 +113,8 @@ impl Rebuilder {
                 let fd = new(&record)?;
                 bind(&fd, &record)?;
                 let name = listener.address.as_deref().context("its listener has no name")?;
-                unix_socket::connect(fd.as_fd(), name).with_context(|| format!("connecting to {}", text(name)))?;
+                unix_socket::connect(fd.as_fd(), name)
+                    .with_context(|| format!("connecting to {}", text(name)))?;
                 fd
             }
             Peer::Gone => {
@@ -115,13 +125,16 @@ impl Rebuilder {
             }
             Peer::Inode(peer) => {
                 let other = self.records.get(&peer).cloned().context("its peer is not in the image")?;
-                if record.socket_type == libc::SOCK_DGRAM && (other.peer != Peer::Inode(inode) || other.address.is_some()) {
+                if record.socket_type == libc::SOCK_DGRAM
+                    && (other.peer != Peer::Inode(inode) || other.address.is_some())
+                {
                     let fd = new(&record)?;
                     bind(&fd, &record)?;
                     self.made.insert(inode, fd.try_clone()?);
                     self.make(peer)?;
                     let name = other.address.as_deref().context("its peer has no name")?;
-                    unix_socket::connect(fd.as_fd(), name).with_context(|| format!("connecting to {}", text(name)))?;
+                    unix_socket::connect(fd.as_fd(), name)
+                        .with_context(|| format!("connecting to {}", text(name)))?;
                     fd
                 } else {
                     let (fd, made) = self.pair(&record, Some(&other))?;
@@ -154,10 +167,16 @@ impl Rebuilder {
     }
 
     /// (accepted end, connecting end)
-    fn accepted(&self, server: &UnixSocket, name: &[u8], client: Option<&UnixSocket>) -> Result<(OwnedFd, OwnedFd)> {
-        let listener = self.records.values().find(|r| {
-            matches!(r.peer, Peer::Listening { .. }) && r.address.as_deref() == Some(name)
-        });
+    fn accepted(
+        &self,
+        server: &UnixSocket,
+        name: &[u8],
+        client: Option<&UnixSocket>,
+    ) -> Result<(OwnedFd, OwnedFd)> {
+        let listener = self
+            .records
+            .values()
+            .find(|r| matches!(r.peer, Peer::Listening { .. }) && r.address.as_deref() == Some(name));
         let temporary;
         let listening = match listener.and_then(|l| self.made.get(&l.inode)) {
             Some(fd) => fd,
@@ -172,7 +191,8 @@ impl Rebuilder {
         if let Some(client) = client.filter(|c| c.address.as_deref().is_some_and(|a| a != name)) {
             bind(&connecting, client)?;
         }
-        unix_socket::connect(connecting.as_fd(), name).with_context(|| format!("connecting to {}", text(name)))?;
+        unix_socket::connect(connecting.as_fd(), name)
+            .with_context(|| format!("connecting to {}", text(name)))?;
         let raw = accept4(listening.as_raw_fd(), SockFlag::SOCK_CLOEXEC).context("accepting")?;
         let accepted = crate::sys::unix_socket::own(raw);
         if listener.is_none() && name.first() != Some(&0) {
@@ -190,7 +210,9 @@ impl Rebuilder {
     pub fn fill(&self, files: &HashMap<FileId, OwnedFd>) -> Result<()> {
         for record in self.records.values().filter(|r| !r.messages.is_empty() && r.peer != Peer::Gone) {
             let sender = match record.peer {
-                Peer::Inode(peer) if self.records.get(&peer).is_some_and(|p| p.peer == Peer::Inode(record.inode)) => {
+                Peer::Inode(peer)
+                    if self.records.get(&peer).is_some_and(|p| p.peer == Peer::Inode(record.inode)) =>
+                {
                     self.get(peer)?
                 }
                 _ => new(record)?,
@@ -210,15 +232,24 @@ impl Rebuilder {
         Ok(())
     }
 
-    fn fill_from(&self, sender: &OwnedFd, record: &UnixSocket, files: &HashMap<FileId, OwnedFd>) -> Result<()> {
-        let connected = matches!(record.peer, Peer::Inode(_) | Peer::Gone) && record.messages.iter().all(|m| m.from.is_none());
+    fn fill_from(
+        &self,
+        sender: &OwnedFd,
+        record: &UnixSocket,
+        files: &HashMap<FileId, OwnedFd>,
+    ) -> Result<()> {
+        let connected = matches!(record.peer, Peer::Inode(_) | Peer::Gone)
+            && record.messages.iter().all(|m| m.from.is_none());
         for message in &record.messages {
             let mut fds = Vec::new();
             for id in &message.files {
                 fds.push(files.get(id).context("a descriptor in flight was not rebuilt")?.as_raw_fd());
             }
             let from = message.from.as_ref().and_then(|from| {
-                self.records.values().find(|r| r.address.as_ref() == Some(from)).and_then(|r| self.made.get(&r.inode))
+                self.records
+                    .values()
+                    .find(|r| r.address.as_ref() == Some(from))
+                    .and_then(|r| self.made.get(&r.inode))
             });
             let to = if connected { None } else { record.address.as_deref() };
             if !connected && to.is_none() && from.is_none() {
