@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod cluster;
+pub mod commands;
 pub mod doctor;
 pub mod job;
 pub mod memory;
@@ -9,3 +10,4 @@ pub mod objects;
 pub mod store;
 pub mod sys;
 pub mod tracee;
+pub mod ui;

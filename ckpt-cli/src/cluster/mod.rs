@@ -17,6 +17,7 @@ pub mod error;
 pub mod fault;
 pub mod frames;
 pub mod link;
+pub mod live;
 pub mod transport;
 
 pub use error::{ClusterError, Result};

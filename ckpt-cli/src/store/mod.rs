@@ -6,7 +6,7 @@
 //! STORE/jobs/NAME/lock       held (flock) by the coordinator of a dump of this job
 //! STORE/parts/ID.part        what one node contributed
 //! STORE/packs/ID.pack        compressed memory
-//! STORE/logs/JOB@N-NODE.log  standard output of restored processes (`--stdio log`)
+//! STORE/logs/JOB@N-NODE/      output of restored processes (`--stdio log`)
 //! STORE/tmp/DUMP/            files in the making, and lists of what was put into parts/ and packs/
 //! STORE/tmp/DUMP.lock        held (flock) by the coordinator as long as the dump lives
 //! ```
@@ -112,13 +112,14 @@ impl Store {
         &self.root
     }
 
-    /// File for the standard output of what is restored on a node, in a directory made for it.
-    pub fn log_path(&self, checkpoint: &Checkpoint, node: &str) -> Result<PathBuf> {
-        let directory = self.root.join("logs");
+    /// Directory for the output of what is restored on a node; made if need be.
+    pub fn log_directory(&self, checkpoint: &Checkpoint, node: &str) -> Result<PathBuf> {
+        let logs = self.root.join("logs");
+        files::make_dir(&logs)?;
+        // A node may be given as user@host, but a slash would lead elsewhere.
+        let directory = logs.join(format!("{}-{}", checkpoint.name(), node.replace('/', "_")));
         files::make_dir(&directory)?;
-        // A node may be given as user@host.
-        let node = node.replace('/', "_");
-        Ok(directory.join(format!("{}-{node}.log", checkpoint.name())))
+        Ok(directory)
     }
 
     fn tmp(&self) -> PathBuf {

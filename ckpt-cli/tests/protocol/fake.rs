@@ -75,7 +75,7 @@ impl Engine for FakeEngine {
             processes: self.processes(),
             blockers: self.path("blocked").exists().then_some(blocker).into_iter().collect(),
             connections: self.connections()?,
-            addresses: Vec::new(),
+            ..Default::default()
         };
         Ok((Box::new(FakeDump(self.clone())), report))
     }

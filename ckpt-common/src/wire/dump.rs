@@ -60,6 +60,9 @@ pub struct PlanReport {
     pub processes: Vec<ProcessSummary>,
     /// Everything that stands in the way.
     pub blockers: Vec<Blocker>,
+    /// What would stand in the way, had it not been allowed by name: it comes back closed or
+    /// disconnected.
+    pub left_out: Vec<Blocker>,
     /// TCP connections.
     pub connections: Vec<Connection>,
     /// The node's addresses, without those of loopback interfaces.

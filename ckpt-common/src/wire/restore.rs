@@ -42,7 +42,7 @@ pub enum PidPolicy {
 /// Where standard streams go that led out of the job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stdio {
-    /// Input from /dev/null, output appended to this file.
+    /// Input from /dev/null, output appended to files in this directory.
     Log(String),
     /// To those of this process (the coordinator, on the same machine).
     Inherit {

@@ -30,7 +30,7 @@ const ATTEMPTS: u32 = 5;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
 
 /// Blockers with the names of their nodes.
-type OnNodes = Vec<(String, Blocker)>;
+pub type OnNodes = Vec<(String, Blocker)>;
 
 /// What to dump.
 pub struct DumpRequest {
@@ -55,6 +55,8 @@ pub struct DumpOutcome {
     pub checkpoint: Checkpoint,
     /// Time from the beginning to the commit.
     pub took: Duration,
+    /// What comes back closed or disconnected, because that was allowed by name.
+    pub left_out: OnNodes,
 }
 
 /// Takes a checkpoint of a job.
@@ -67,13 +69,19 @@ pub fn dump(request: &DumpRequest, context: &Context<'_>) -> Result<DumpOutcome>
     let store = Store::create(&request.store)?;
     let dump = store.begin_dump(&request.job)?;
     let mut links = context.open(&request.nodes)?;
-    let run = Run { request, context, faults: context.faults()?, times: RefCell::default() };
+    let run = Run {
+        request,
+        context,
+        faults: context.faults()?,
+        times: RefCell::default(),
+        left_out: RefCell::default(),
+    };
     let result = run.attempts(&mut links, &dump).and_then(|manifest| run.commit(dump, manifest));
     match result {
         Ok(checkpoint) => {
             let took = start.elapsed();
             run.end(&links, &checkpoint)?;
-            Ok(DumpOutcome { checkpoint, took })
+            Ok(DumpOutcome { checkpoint, took, left_out: run.left_out.into_inner() })
         }
         Err(error) => {
             abort(&links, context);
@@ -87,6 +95,7 @@ struct Run<'a> {
     context: &'a Context<'a>,
     faults: Faults,
     times: RefCell<Vec<PhaseTime>>,
+    left_out: RefCell<OnNodes>,
 }
 
 impl Run<'_> {
@@ -113,6 +122,7 @@ impl Run<'_> {
     /// Everything before the commit. Links to nodes without processes of the job are dropped.
     fn until_saved(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
         let plans = self.phase(Phase::Plan, || self.plan(links, dump))?;
+        self.note_left_out(links, &plans);
         let (links, stop) = (&*links, self.request.options.stop);
         self.phase(Phase::Arm, || ask_all(links, self.context, |_| Request::Arm, done))?;
         let (frozen, created) = (Instant::now(), SystemTime::now());
@@ -174,7 +184,10 @@ impl Run<'_> {
             for (link, plan) in links.iter().zip(&mut plans) {
                 blockers.extend(plan.blockers.drain(..).map(|blocker| (link.node().to_owned(), blocker)));
             }
-            let (far, mut near) = self.outside(links, &plans);
+            let (far, mut near) = match self.allows_outside_tcp() {
+                true => Default::default(),
+                false => outside(links, &plans),
+            };
             if let Some(before) = &lonely {
                 near.retain(|blocker| before.contains(blocker));
             }
@@ -202,38 +215,19 @@ impl Run<'_> {
         }
     }
 
-    /// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
-    fn outside(&self, links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
-        if self.request.options.allow.iter().any(|kind| kind == OUTSIDE_TCP) {
-            return Default::default();
+    fn allows_outside_tcp(&self) -> bool {
+        self.request.options.allow.iter().any(|kind| kind == OUTSIDE_TCP)
+    }
+
+    fn note_left_out(&self, links: &[Link], plans: &[PlanReport]) {
+        let mut all = OnNodes::new();
+        for (link, plan) in links.iter().zip(plans) {
+            all.extend(plan.left_out.iter().map(|item| (link.node().to_owned(), item.clone())));
         }
-        let views: Vec<_> = plans
-            .iter()
-            .map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses })
-            .collect();
-        let blocker = |&(node, index): &(usize, usize)| {
-            let (plan, connection) = (&plans[node], &plans[node].connections[index]);
-            let process = plan.processes.iter().find(|process| process.pid == connection.pid);
-            let remote = channels::canonical(connection.remote);
-            let local = channels::canonical(connection.local);
-            let blocker = Blocker {
-                pid: connection.pid,
-                process: process.map(|process| process.name.clone()).unwrap_or_default(),
-                item: format!("fd {}", connection.fd),
-                reason: format!("TCP connection {local} to {remote}, which is not in the job"),
-                allow: Some(OUTSIDE_TCP.to_owned()),
-            };
-            (links[node].node().to_owned(), blocker)
-        };
-        let own = |remote: std::net::IpAddr| {
-            let mut all = plans.iter().flat_map(|plan| &plan.addresses);
-            remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
-        };
-        let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
-            .outside
-            .into_iter()
-            .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
-        (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
+        // Those that are not allowed have stopped us before.
+        let (far, near) = outside(links, plans);
+        all.extend(far.into_iter().chain(near));
+        *self.left_out.borrow_mut() = all;
     }
 
     /// The channel table, if no byte was lost and no connection has appeared since the plan.
@@ -242,11 +236,12 @@ impl Run<'_> {
             processes: cut.processes.clone(),
             connections: cut.connections.clone(),
             addresses: plan.addresses.clone(),
-            blockers: Vec::new(),
+            ..Default::default()
         };
         let reports: Vec<_> = plans.iter().zip(cuts).map(view).collect();
-        let (far, near) = self.outside(links, &reports);
-        if let Some((node, blocker)) = far.into_iter().chain(near).next() {
+        let (far, near) = outside(links, &reports);
+        let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
+        if let Some((node, blocker)) = unexpected {
             let (pid, reason) = (blocker.pid, blocker.reason);
             return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
         }
@@ -309,4 +304,35 @@ impl Run<'_> {
         self.context.observer.warn(&format!("after the commit: {error}"));
         Ok(())
     }
+}
+
+/// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
+fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
+    let views: Vec<_> = plans
+        .iter()
+        .map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses })
+        .collect();
+    let blocker = |&(node, index): &(usize, usize)| {
+        let (plan, connection) = (&plans[node], &plans[node].connections[index]);
+        let process = plan.processes.iter().find(|process| process.pid == connection.pid);
+        let remote = channels::canonical(connection.remote);
+        let local = channels::canonical(connection.local);
+        let blocker = Blocker {
+            pid: connection.pid,
+            process: process.map(|process| process.name.clone()).unwrap_or_default(),
+            item: format!("fd {}", connection.fd),
+            reason: format!("TCP connection {local} to {remote}, which is not in the job"),
+            allow: Some(OUTSIDE_TCP.to_owned()),
+        };
+        (links[node].node().to_owned(), blocker)
+    };
+    let own = |remote: std::net::IpAddr| {
+        let mut all = plans.iter().flat_map(|plan| &plan.addresses);
+        remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
+    };
+    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
+        .outside
+        .into_iter()
+        .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
+    (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
 }

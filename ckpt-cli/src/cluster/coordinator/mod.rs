@@ -3,7 +3,7 @@
 mod dump;
 mod restore;
 
-pub use dump::{DumpOutcome, DumpRequest, dump};
+pub use dump::{DumpOutcome, DumpRequest, OnNodes, dump};
 pub use restore::{RestoreOutcome, RestoreRequest, StdioChoice, restore};
 
 use super::{

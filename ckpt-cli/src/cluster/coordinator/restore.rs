@@ -38,7 +38,7 @@ pub struct RestoreRequest {
 /// Where standard streams go that led out of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdioChoice {
-    /// To a file per node in the store.
+    /// To files in the store.
     Log,
     /// To our own.
     Inherit,
@@ -56,7 +56,7 @@ pub struct RestoreOutcome {
     pub phases: Vec<PhaseTime>,
     /// Time from the beginning to the release.
     pub took: Duration,
-    /// Files that standard streams go to.
+    /// Directories with the output of the processes, one per node.
     pub logs: Vec<PathBuf>,
     links: Vec<Link>,
 }
@@ -134,13 +134,13 @@ impl Run<'_> {
         Ok((pids, logs))
     }
 
-    /// Log files of the nodes, in the order of the manifest; none where they are not wanted.
+    /// Log directories of the nodes, in the order of the manifest; none where they are not wanted.
     fn logs(&self) -> Result<Vec<PathBuf>> {
         if self.request.stdio != StdioChoice::Log {
             return Ok(Vec::new());
         }
         let nodes = self.checkpoint.manifest.nodes.iter();
-        nodes.map(|node| Ok(self.store.log_path(self.checkpoint, &node.name)?)).collect()
+        nodes.map(|node| Ok(self.store.log_directory(self.checkpoint, &node.name)?)).collect()
     }
 
     fn plan(&self, links: &[Link], logs: &[PathBuf]) -> Result<Vec<RestoreReport>> {
