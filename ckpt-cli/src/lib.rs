@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod job;
 pub mod memory;
 pub mod objects;
+pub mod rebuild;
 pub mod store;
 pub mod sys;
 pub mod tracee;

@@ -13,10 +13,12 @@ mod thread;
 use crate::memory::staging::Staging;
 use crate::objects::FilePolicy;
 use crate::store::PartWriter;
+use crate::sys::ptrace;
 use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 pub use plan::{Blocker, Plan};
@@ -145,20 +147,19 @@ impl Session {
         }
         let Some(frozen) = self.frozen.take() else { return Ok(()) };
         // Killed while their sockets are in repair mode: nothing is sent, the peers never notice.
-        let mut processes = Vec::new();
+        let mut threads = Vec::new();
         for process in frozen.processes.into_values() {
-            processes.push(crate::sys::pidfd::open(process.pid));
+            let pidfd = crate::sys::pidfd::open(process.pid).context("opening a pidfd")?;
+            threads.extend(process.threads.iter().map(|t| t.tid));
             process.threads.into_iter().for_each(crate::tracee::Stopped::abandon);
-        }
-        for pidfd in processes.iter().flatten() {
-            use std::os::fd::AsFd;
             match crate::sys::pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL) {
                 Err(e) if e.raw_os_error() != Some(libc::ESRCH) => return Err(e).context("ending the job"),
                 _ => {}
             }
         }
-        for process in processes.iter().flatten() {
-            wait_for_end(process)?;
+        // A traced thread is gone for its parent only when its tracer has seen its end; a leader ends behind the others.
+        for tid in threads.into_iter().rev() {
+            while !matches!(ptrace::wait(tid, true), Ok(ptrace::Wait::Gone(_)) | Err(_)) {}
         }
         Ok(())
     }
@@ -170,14 +171,4 @@ impl Drop for Session {
             tracing::warn!(%error, "the job could not be let go cleanly");
         }
     }
-}
-
-/// A pidfd becomes readable when the process has ended (pidfd_open(2)).
-fn wait_for_end(process: &std::os::fd::OwnedFd) -> Result<()> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
-    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    let n = poll(&mut fds, PollTimeout::from(10_000u16)).context("waiting for the job's end")?;
-    anyhow::ensure!(n > 0, "a process did not end within 10 s after SIGKILL");
-    Ok(())
 }

@@ -3,7 +3,7 @@
 use super::{CaptureContext, Captured, Probe, RebuildContext};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::objects::MemoryFile;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 use std::ffi::CString;
@@ -56,13 +56,4 @@ pub fn rebuild(file: &MemoryFile, flags: i32, context: &mut RebuildContext<'_>) 
         lseek(&fd, file.position as i64, Whence::SeekSet)?;
     }
     Ok(fd)
-}
-
-/// Seals are set last of all: they forbid what rebuilding does.
-pub fn seal(file: &MemoryFile, context: &RebuildContext<'_>) -> Result<()> {
-    let (Some(fd), true) = (context.by_inode.get(&file.inode), file.name.is_some() && file.seals != 0) else {
-        return Ok(());
-    };
-    fcntl(fd, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(file.seals))).context("sealing a memfd")?;
-    Ok(())
 }

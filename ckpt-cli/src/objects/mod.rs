@@ -208,8 +208,6 @@ pub struct RebuildContext<'a> {
     pub files: HashMap<FileId, OwnedFd>,
     /// Fills a new file with the bytes of a memory object.
     pub fill: &'a mut dyn FnMut(MemoryId, &File) -> Result<()>,
-    /// Where standard streams that led outside go.
-    pub stdio: &'a dyn Fn(i32) -> Result<OwnedFd>,
 }
 
 impl RebuildContext<'_> {

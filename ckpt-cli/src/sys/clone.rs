@@ -31,25 +31,18 @@ pub struct CloneArgs {
     pub cgroup: u64,
 }
 
-/// Forks a child that only waits for signals. `pid` is its PID (`None`: any); `flags` are `CLONE_NEW*`.
-/// The child keeps copies of all our descriptors and is killed by nobody but the caller.
-pub fn spawn_pausing(pid: Option<i32>, flags: u64) -> io::Result<i32> {
-    let wanted = [pid.unwrap_or(0)];
-    let args = CloneArgs {
-        flags,
-        exit_signal: libc::SIGCHLD as u64,
-        set_tid: if pid.is_some() { wanted.as_ptr() as u64 } else { 0 },
-        set_tid_size: u64::from(pid.is_some()),
-        ..CloneArgs::default()
-    };
+/// Forks a child that waits for a signal and then reaps children until it has none: the first process of a restored
+/// tree, or the init of its PID namespace. `flags` are `CLONE_NEW*`. It keeps copies of all our descriptors.
+pub fn spawn_pausing(flags: u64) -> io::Result<i32> {
+    let args = CloneArgs { flags, exit_signal: libc::SIGCHLD as u64, ..CloneArgs::default() };
     // SAFETY: a fork without CLONE_VM: the child has its own copy of memory, in which it makes nothing but raw system
     // calls (no lock of the C library or allocator is touched) until it is rebuilt or killed.
     unsafe {
         let child = check(libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()))?;
         if child == 0 {
-            loop {
-                libc::syscall(libc::SYS_pause);
-            }
+            libc::syscall(libc::SYS_pause);
+            while libc::syscall(libc::SYS_wait4, -1, 0, libc::__WALL, 0) >= 0 {}
+            libc::syscall(libc::SYS_exit_group, 0);
         }
         Ok(child as i32)
     }

@@ -4,6 +4,7 @@
 
 pub mod batch_code;
 pub mod clone;
+pub mod cpu;
 pub mod ioctl;
 pub mod kcmp;
 pub mod memory;

@@ -52,6 +52,12 @@ pub fn ioprio(tid: i32) -> io::Result<i32> {
     check(unsafe { libc::syscall(libc::SYS_ioprio_get, 1, tid) }).map(|v| v as i32)
 }
 
+/// Sets the I/O priority of one thread.
+pub fn set_ioprio(tid: i32, priority: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, 1, tid, priority) }).map(drop)
+}
+
 /// Resource limit of a process: (soft, hard).
 pub fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };

@@ -103,7 +103,8 @@ impl Batch {
         (used as u64) < self.arena.capacity()
     }
 
-    pub(super) fn arena(&self) -> Arena {
+    /// The arena it is for.
+    pub fn arena(&self) -> Arena {
         self.arena
     }
 

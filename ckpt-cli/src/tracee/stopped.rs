@@ -26,6 +26,7 @@ pub struct Stopped {
     attached: bool,
     bell: i32,
     deferred: Vec<i32>,
+    born: Vec<i32>,
 }
 
 impl Stopped {
@@ -41,6 +42,7 @@ impl Stopped {
             attached: true,
             bell: BELLS[0],
             deferred: Vec::new(),
+            born: Vec::new(),
         };
         let status =
             procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
@@ -244,7 +246,43 @@ impl Stopped {
                     return Err(TraceeError::Fault { tid: self.tid, signal, call });
                 }
                 Wait::Signal(signal) => self.deferred.push(signal),
-                Wait::Nothing | Wait::EventStop(_) | Wait::Event(_) | Wait::Syscall => {}
+                // clone3 in a batch: the child is traced from its birth.
+                Wait::Event(_) => self.born.extend(ptrace::event_message(self.tid).map(|tid| tid as i32)),
+                Wait::Nothing | Wait::EventStop(_) | Wait::Syscall => {}
+            }
+        }
+    }
+
+    /// Processes and threads that were born in batches of this thread since the last call, as we see their TIDs.
+    pub fn born(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.born)
+    }
+
+    /// Uses a bell that is not in this set of signals (bit n-1 for signal n): they are to be left pending.
+    pub fn avoid_bells(&mut self, signals: u64) {
+        let free = BELLS.into_iter().find(|s| signals & (1 << (s - 1)) == 0);
+        self.bell = free.unwrap_or(self.bell);
+    }
+
+    /// Runs a batch that ends the process, by a call or by `signal` (0: none), which is delivered.
+    pub fn run_to_end(mut self, mut batch: Batch, signal: i32) -> Result<i32> {
+        let arena = batch.arena();
+        let (table, count) = batch.store(self.pid, [0; 3])?;
+        let mut regs = self.regs;
+        (regs.rip, regs.rbx, regs.r12, regs.orig_rax) = (arena.base, table, count, u64::MAX);
+        ptrace::set_regs(self.tid, &regs).map_err(TraceeError::request("setting registers", self.tid))?;
+        ptrace::set_sigmask(self.tid, 0).map_err(TraceeError::request("setting the signal mask", self.tid))?;
+        let mut deliver = 0;
+        loop {
+            ptrace::cont(self.tid, deliver).map_err(TraceeError::request("resuming", self.tid))?;
+            deliver = 0;
+            match ptrace::wait(self.tid, true).map_err(TraceeError::request("waiting", self.tid))? {
+                Wait::Gone(status) => {
+                    self.attached = false;
+                    return Ok(status);
+                }
+                Wait::Signal(s) if s == signal => deliver = signal,
+                _ => {}
             }
         }
     }

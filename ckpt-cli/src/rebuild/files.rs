@@ -1,0 +1,197 @@
+//! All open file descriptions of a part, made in our own table.
+
+use super::{Options, Stdio};
+use crate::objects::{self, RebuildContext, anonymous, epoll, memory_file, path_file, pipe, unix};
+use crate::store::{PartReader, RunData};
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::file::{FileId, OpenFile};
+use ckpt_common::image::objects::{
+    Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, SignalFd, TimerFd,
+};
+use ckpt_common::image::process::Process;
+use ckpt_common::image::unix::UnixSocket;
+use ckpt_common::image::{Kind, MemoryId, PAGE_SIZE};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::Mode;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+/// The rebuilt descriptions.
+pub(super) struct Files {
+    files: HashMap<FileId, OwnedFd>,
+    epolls: BTreeMap<FileId, (Vec<EpollTarget>, Cell<bool>)>,
+    /// (description, pid, type, start, length)
+    locks: Vec<(FileId, i32, i32, i64, i64)>,
+    seals: Vec<(OwnedFd, i32)>,
+}
+
+impl Files {
+    /// Makes every description.
+    pub(super) fn rebuild(
+        part: &PartReader,
+        records: &[OpenFile],
+        processes: &[Process],
+        options: &Options,
+    ) -> Result<Self> {
+        let mut all = Self { files: HashMap::new(), epolls: BTreeMap::new(), locks: Vec::new(), seals: Vec::new() };
+        let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
+        let mut context = RebuildContext { by_inode: HashMap::new(), files: HashMap::new(), fill: &mut fill };
+        let sockets = unix::Rebuilder::new(of_kind::<UnixSocket>(records)?)?;
+        for record in records {
+            let fd = all
+                .one(record, processes, options, &mut context, &sockets)
+                .with_context(|| format!("rebuilding {} ({})", record.label, record.kind))?;
+            status_flags(&fd, record).with_context(|| format!("setting the flags of {}", record.label))?;
+            all.files.insert(record.id, fd);
+        }
+        sockets.fill(&all.files)?;
+        Ok(all)
+    }
+
+    fn one(
+        &mut self,
+        record: &OpenFile,
+        processes: &[Process],
+        options: &Options,
+        context: &mut RebuildContext<'_>,
+        sockets: &unix::Rebuilder,
+    ) -> Result<OwnedFd> {
+        let (version, payload, flags) = (record.version, &record.payload[..], record.flags);
+        match record.kind.as_str() {
+            PathFile::KIND => {
+                let file: PathFile = objects::decode(version, payload)?;
+                let locks = file.locks.iter().map(|(pid, kind, start, len)| (record.id, *pid, *kind, *start, *len));
+                self.locks.extend(locks);
+                path_file::rebuild(&file, flags, context)
+            }
+            MemoryFile::KIND => {
+                let file: MemoryFile = objects::decode(version, payload)?;
+                let fd = memory_file::rebuild(&file, flags, context)?;
+                if file.seals != 0 && file.name.is_some() {
+                    self.seals.push((RebuildContext::reopen(&fd, libc::O_RDWR)?, file.seals));
+                }
+                Ok(fd)
+            }
+            Pipe::KIND => pipe::rebuild(&objects::decode::<Pipe>(version, payload)?, flags, context),
+            EventFd::KIND => anonymous::rebuild_eventfd(&objects::decode(version, payload)?),
+            TimerFd::KIND => anonymous::rebuild_timerfd(&objects::decode(version, payload)?),
+            SignalFd::KIND => anonymous::rebuild_signalfd(&objects::decode(version, payload)?),
+            Epoll::KIND => {
+                let targets = objects::decode::<Epoll>(version, payload)?.targets;
+                self.epolls.insert(record.id, (targets, Cell::new(false)));
+                epoll::rebuild()
+            }
+            UnixSocket::KIND => sockets.get(objects::decode::<UnixSocket>(version, payload)?.inode),
+            Outside::KIND => outside(record, objects::decode::<Outside>(version, payload)?.what, processes, options),
+            other => bail!("this image has an open file of kind {other}, which this ckpt does not know: use a newer ckpt"),
+        }
+    }
+
+    /// The number of a description in our table.
+    pub(super) fn number(&self, id: FileId) -> Result<i32> {
+        Ok(self.files.get(&id).with_context(|| format!("the image refers to file {} and does not have it", id.0))?.as_raw_fd())
+    }
+
+    /// The registrations of an epoll, for the first process that has every descriptor it watches.
+    pub(super) fn epoll(&self, id: FileId, process: &Process) -> Result<Vec<EpollTarget>> {
+        let Some((targets, done)) = self.epolls.get(&id) else { return Ok(Vec::new()) };
+        let has = |t: &EpollTarget| process.fds.iter().any(|d| d.fd == t.fd && d.file == t.file);
+        if done.get() || !targets.iter().all(has) {
+            return Ok(Vec::new());
+        }
+        done.set(true);
+        Ok(targets.clone())
+    }
+
+    /// Record locks of a process: (descriptor, type, start, length).
+    pub(super) fn locks(&self, process: &Process) -> Vec<(i32, i32, i64, i64)> {
+        let own = self.locks.iter().filter(|(_, pid, ..)| *pid == process.pid);
+        own.filter_map(|(id, _, kind, start, length)| {
+            let fd = process.fds.iter().find(|d| d.file == *id)?.fd;
+            Some((fd, *kind, *start, *length))
+        })
+        .collect()
+    }
+
+    /// What can be done only when everything else is done.
+    pub(super) fn finish(self) -> Result<()> {
+        if let Some((id, _)) = self.epolls.iter().find(|(_, (targets, done))| !done.get() && !targets.is_empty()) {
+            bail!("epoll {} watches descriptors that no single process has under their numbers", id.0);
+        }
+        for (fd, seals) in &self.seals {
+            let seals = nix::fcntl::SealFlag::from_bits_retain(*seals);
+            fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).context("sealing a memfd")?;
+        }
+        Ok(())
+    }
+}
+
+fn of_kind<K: Kind>(records: &[OpenFile]) -> Result<Vec<K>> {
+    records.iter().filter(|r| r.kind == K::KIND).map(|r| objects::decode(r.version, &r.payload)).collect()
+}
+
+/// `O_NONBLOCK`, `O_APPEND`, `O_ASYNC` and their like, and who gets `SIGIO`.
+fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
+    if record.flags & libc::O_PATH != 0 {
+        return Ok(());
+    }
+    let changeable = OFlag::O_APPEND | OFlag::O_NONBLOCK | OFlag::O_ASYNC | OFlag::O_DIRECT | OFlag::O_NOATIME;
+    let wanted = OFlag::from_bits_retain(record.flags) & changeable;
+    if wanted != OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?) & changeable {
+        fcntl(fd, FcntlArg::F_SETFL(wanted))?;
+    }
+    if record.owner != (0, 0, 0) {
+        crate::sys::ioctl::set_owner(fd.as_fd(), record.owner)?;
+    }
+    Ok(())
+}
+
+/// Writes a memory object into a file.
+fn fill(part: &PartReader, memory: MemoryId, file: &File) -> Result<()> {
+    let size = file.metadata()?.len();
+    part.for_each_run::<anyhow::Error>(memory, |first, run| {
+        // A file that is new or was emptied is zero already.
+        let RunData::Data(data) = run else { return Ok(()) };
+        let at = first * PAGE_SIZE as u64;
+        let len = size.saturating_sub(at).min(data.len() as u64) as usize;
+        Ok(file.write_all_at(&data[..len], at)?)
+    })
+}
+
+/// Something harmless in the place of what led out of the job.
+fn outside(record: &OpenFile, what: OutsideKind, processes: &[Process], options: &Options) -> Result<OwnedFd> {
+    let null = || Ok(nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?);
+    let number = || {
+        let tables = processes.iter().flat_map(|p| &p.fds);
+        tables.filter(|d| d.file == record.id && d.fd <= 2).map(|d| d.fd).max().unwrap_or(0)
+    };
+    match (what, options.stdio) {
+        (OutsideKind::Stdio, Stdio::Inherit) => match number() {
+            0 => Ok(std::io::stdin().as_fd().try_clone_to_owned()?),
+            1 => Ok(std::io::stdout().as_fd().try_clone_to_owned()?),
+            _ => Ok(std::io::stderr().as_fd().try_clone_to_owned()?),
+        },
+        (OutsideKind::Stdio, Stdio::Log) if number() > 0 => {
+            let pid = processes.iter().find(|p| p.fds.iter().any(|d| d.file == record.id)).map_or(0, |p| p.pid);
+            let path = options.log_directory.join(format!("{pid}.{}.log", if number() == 1 { "out" } else { "err" }));
+            std::fs::create_dir_all(&options.log_directory)
+                .with_context(|| format!("creating {}", options.log_directory.display()))?;
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;
+            nix::fcntl::open(&path, flags, Mode::from_bits_truncate(0o600))
+                .with_context(|| format!("opening {}", path.display()))
+        }
+        (OutsideKind::Stdio | OutsideKind::Terminal, _) => null(),
+        // One end of a pipe or socket pair whose other end is closed: end of file, or EPIPE.
+        (OutsideKind::Pipe, _) => {
+            let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+            Ok(if record.flags & libc::O_ACCMODE == libc::O_RDONLY { read } else { write })
+        }
+        (OutsideKind::Unix, _) => {
+            use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+            Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?.0)
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The address space of a stub: mappings, their content, and the fields of `mm`.
+
+use super::files::Files;
+use super::seed::Inheritance;
+use super::tree::Stub;
+use super::vdso;
+use crate::store::{PartReader, RunData};
+use crate::sys::memory;
+use crate::tracee::{Batch, Stopped};
+use anyhow::{Context as _, Result, bail};
+use ckpt_common::image::PAGE_SIZE;
+use ckpt_common::image::file::FileId;
+use ckpt_common::image::process::{AddressSpace, Backing, Mapping, Process};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+const PR_SET_MM: u64 = 35;
+const PR_SET_MM_MAP: u64 = 14;
+
+/// Makes all mappings and fills them.
+pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files, part: &PartReader) -> Result<()> {
+    let space = &process.mm;
+    let inheritance = stub.inheritance.clone();
+    let leader = stub.leader()?;
+    let pulled = pull(leader, space, files, &inheritance)?;
+    map(leader, space, &pulled, &inheritance)?;
+    fields(leader, space, &pulled, &inheritance)?;
+    fill(leader.pid, space, part)?;
+    vdso::rebuild(leader, space, &inheritance)
+}
+
+/// Takes every mapped file into the stub's empty descriptor table: the n-th gets number n.
+fn pull(
+    leader: &mut Stopped,
+    space: &AddressSpace,
+    files: &Files,
+    inheritance: &Inheritance,
+) -> Result<BTreeMap<FileId, u64>> {
+    let mut pulled = BTreeMap::from([(space.exe, 0)]);
+    for mapping in &space.mappings {
+        if let Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } = mapping.backing {
+            let next = pulled.len() as u64;
+            pulled.entry(file).or_insert(next);
+        }
+    }
+    let mut order: Vec<(u64, FileId)> = pulled.iter().map(|(id, number)| (*number, *id)).collect();
+    order.sort_unstable();
+    let mut batch = Batch::new(inheritance.layout.arena);
+    for (_, id) in order {
+        let ours = files.number(id)?;
+        batch.call("taking a mapped file (pidfd_getfd)", libc::SYS_pidfd_getfd, &[
+            inheritance.restorer as u64,
+            ours as u64,
+            0,
+        ]);
+        flush_if_full(leader, &mut batch)?;
+    }
+    leader.run(batch, false)?.all_ok()?;
+    Ok(pulled)
+}
+
+/// Runs a batch that has become full and begins a new one.
+pub(super) fn flush_if_full(stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {
+    if batch.fits(4096) {
+        return Ok(());
+    }
+    let arena = batch.arena();
+    let full = std::mem::replace(batch, Batch::new(arena));
+    Ok(stopped.run(full, false)?.all_ok()?)
+}
+
+fn map(leader: &mut Stopped, space: &AddressSpace, pulled: &BTreeMap<FileId, u64>, inheritance: &Inheritance) -> Result<()> {
+    let mut batch = Batch::new(inheritance.layout.arena);
+    for mapping in &space.mappings {
+        let size = mapping.end.checked_sub(mapping.start).context("a mapping ends before it begins")?;
+        let (flags, fd, offset) = match &mapping.backing {
+            Backing::Kernel { .. } => continue,
+            Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, u64::MAX, 0),
+            Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, pulled[file], *offset),
+            Backing::SharedFile { file, offset } => (libc::MAP_SHARED, pulled[file], *offset),
+        };
+        let flags = (flags | libc::MAP_FIXED_NOREPLACE | mapping.flags) as u64;
+        let name = format!("mapping {:x}-{:x}", mapping.start, mapping.end);
+        batch.call(name, libc::SYS_mmap, &[mapping.start, size, mapping.prot as u64, flags, fd, offset]);
+        for advice in &mapping.advice {
+            let name = format!("madvise({advice}) for {:x}-{:x}", mapping.start, mapping.end);
+            batch.call(name, libc::SYS_madvise, &[mapping.start, size, *advice as u64]);
+        }
+        flush_if_full(leader, &mut batch)?;
+    }
+    Ok(leader.run(batch, false)?.all_ok()?)
+}
+
+/// `struct prctl_mm_map` (linux/prctl.h): the fields, the auxiliary vector, the executable.
+fn fields(
+    leader: &mut Stopped,
+    space: &AddressSpace,
+    pulled: &BTreeMap<FileId, u64>,
+    inheritance: &Inheritance,
+) -> Result<()> {
+    let mut batch = Batch::new(inheritance.layout.arena);
+    let auxv = batch.bytes(&space.auxv);
+    let mut map = Vec::new();
+    for word in space.fields.iter().chain([&auxv]) {
+        map.extend_from_slice(&word.to_ne_bytes());
+    }
+    map.extend_from_slice(&(space.auxv.len() as u32).to_ne_bytes());
+    map.extend_from_slice(&(pulled[&space.exe] as u32).to_ne_bytes());
+    let at = batch.bytes(&map);
+    batch.call("prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0]);
+    batch.call("closing mapped files", libc::SYS_close_range, &[0, inheritance.restorer as u64 - 1, 0]);
+    Ok(leader.run(batch, false)?.all_ok()?)
+}
+
+/// Writes the pages, and locks what was locked.
+fn fill(pid: i32, space: &AddressSpace, part: &PartReader) -> Result<()> {
+    let mem = File::options().write(true).open(format!("/proc/{pid}/mem")).context("opening the stub's memory")?;
+    part.for_each_run::<anyhow::Error>(space.memory, |first, run| {
+        let (mut at, end) = match run {
+            RunData::Zero(pages) => (first * PAGE_SIZE as u64, (first + pages) * PAGE_SIZE as u64),
+            RunData::Data(data) => (first * PAGE_SIZE as u64, first * PAGE_SIZE as u64 + data.len() as u64),
+        };
+        let begin = at;
+        while at < end {
+            let mapping = find(&space.mappings, at)
+                .with_context(|| format!("the image has memory at {at:#x}, where nothing is mapped"))?;
+            let until = end.min(mapping.end);
+            let piece = match run {
+                RunData::Data(data) => &data[(at - begin) as usize..(until - begin) as usize],
+                // Fresh anonymous memory is zero; a private page of a file is not.
+                RunData::Zero(_) if mapping.backing == Backing::Anonymous => &[],
+                RunData::Zero(_) => &vec![0; (until - at) as usize],
+            };
+            if !piece.is_empty() {
+                match mapping.prot & libc::PROT_WRITE {
+                    // Not writable for the program, and so for process_vm_writev(2); /proc/PID/mem does not mind.
+                    0 => mem.write_all_at(piece, at),
+                    _ => memory::write(pid, at, piece),
+                }
+                .with_context(|| format!("filling memory at {at:#x}"))?;
+            }
+            at = until;
+        }
+        Ok(())
+    })
+}
+
+fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
+    let at = mappings.partition_point(|m| m.end <= address);
+    mappings.get(at).filter(|m| m.start <= address)
+}
+
+/// Locks what was mlock(2)ed, once the content is there.
+pub(super) fn lock(batch: &mut Batch, space: &AddressSpace) -> Result<()> {
+    for mapping in space.mappings.iter().filter(|m| m.locked != 0) {
+        if mapping.end <= mapping.start {
+            bail!("a mapping ends before it begins");
+        }
+        let name = format!("mlock of {:x}-{:x}", mapping.start, mapping.end);
+        batch.call(name, libc::SYS_mlock, &[mapping.start, mapping.end - mapping.start]);
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! An image becomes a live process tree.
+//!
+//! [`Session`] goes through the phases of a restore on one node: *plan* (everything that stands in the way is listed,
+//! nothing is made), *build* (stub processes with their PIDs, kernel objects, memory), *connect* (sockets), *release*.
+//! Dropping a session before the release kills what was built.
+
+mod descriptors;
+mod files;
+mod grow;
+mod layout;
+mod mappings;
+mod plan;
+mod process;
+mod seed;
+mod thread;
+mod tree;
+mod vdso;
+
+use crate::store::PartReader;
+use anyhow::{Context as _, Result};
+use ckpt_common::image::file::OpenFile;
+use ckpt_common::image::process::Process;
+use std::path::PathBuf;
+
+pub use plan::Obstacle;
+
+/// What the operator asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Same PIDs as before, in the namespace of the node or in one of their own.
+    pub pids: Pids,
+    /// Where standard streams go that led outside the job.
+    pub stdio: Stdio,
+    /// Directory for the log files of `Stdio::Log`.
+    pub log_directory: PathBuf,
+}
+
+/// `--pids`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Pids {
+    /// In the node's PID namespace; taken numbers are an obstacle.
+    Same,
+    /// In a PID namespace of the job's own.
+    Namespace,
+    /// `Same` where the numbers are free, else `Namespace`.
+    #[default]
+    Auto,
+}
+
+/// `--stdio`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Stdio {
+    /// Input from /dev/null, output appended to a log file per job and stream.
+    #[default]
+    Log,
+    /// The streams of the command that restores.
+    Inherit,
+    /// /dev/null.
+    Null,
+}
+
+/// One restore on one node. All calls must come from one thread: ptrace(2) knows its tracer by thread.
+pub struct Session {
+    part: PartReader,
+    options: Options,
+    processes: Vec<Process>,
+    files: Vec<OpenFile>,
+    obstacles: Vec<Obstacle>,
+    namespace: bool,
+    tree: Option<tree::Tree>,
+}
+
+impl Session {
+    /// Reads the part's records and lists what stands in the way.
+    pub fn plan(part: PartReader, options: Options) -> Result<Self> {
+        let processes: Vec<Process> = part.read().context("reading the processes")?;
+        let files: Vec<OpenFile> = part.read().context("reading the open files")?;
+        let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;
+        Ok(Self { part, options, processes, files, obstacles, namespace, tree: None })
+    }
+
+    /// What [`Self::plan`] found in the way.
+    pub fn obstacles(&self) -> &[Obstacle] {
+        &self.obstacles
+    }
+
+    /// The processes to come.
+    pub fn processes(&self) -> &[Process] {
+        &self.processes
+    }
+
+    /// Makes everything. Nothing of the job runs yet.
+    pub fn build(&mut self) -> Result<()> {
+        let files = files::Files::rebuild(&self.part, &self.files, &self.processes, &self.options)?;
+        let layout = layout::Layout::choose(&self.processes)?;
+        // Kept from here on: what exists is killed when this session is dropped.
+        let tree = self.tree.insert(tree::Tree::grow(&self.processes, layout, self.namespace)?);
+        for process in self.processes.iter().filter(|p| p.zombie.is_none()) {
+            let stub = tree.stub(process.pid)?;
+            process::rebuild(stub, process, &files, &self.part, layout)
+                .with_context(|| format!("rebuilding process {} ({})", process.pid, process.exe))?;
+        }
+        files.finish()
+    }
+
+    /// Lets the job run. Returns the PIDs of the job's root processes as this node sees them.
+    pub fn release(mut self) -> Result<Vec<i32>> {
+        let tree = self.tree.take().context("nothing was built")?;
+        tree.release(&self.processes)
+    }
+}
