@@ -1,3 +1,5 @@
-//! The `ckpt` command.
+//! The `ckpt` command: parse, run, exit code.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    ckpt_cli::commands::main().into()
+}

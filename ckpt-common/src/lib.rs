@@ -9,6 +9,8 @@
 
 pub mod bpf;
 #[cfg(feature = "std")]
+pub mod fuzzing;
+#[cfg(feature = "std")]
 pub mod image;
 #[cfg(feature = "std")]
 pub mod wire;

@@ -16,6 +16,13 @@ use std::{
 #[serde(transparent)]
 pub struct DumpId(String);
 
+impl From<String> for DumpId {
+    /// What came over the wire; [`Store::dump_directory`] refuses what is none.
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
 impl DumpId {
     /// Its text: 32 hexadecimal digits.
     pub fn as_str(&self) -> &str {

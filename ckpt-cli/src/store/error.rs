@@ -55,6 +55,9 @@ pub enum StoreError {
         /// The rule it breaks.
         why: &'static str,
     },
+    /// The dump is being aborted.
+    #[error("the dump is being aborted")]
+    Cancelled,
     /// The writer was given something that the format cannot hold.
     #[error("the image cannot hold this: {0}")]
     Refused(#[from] FormatError),

@@ -6,6 +6,7 @@
 //! STORE/jobs/NAME/lock       held (flock) by the coordinator of a dump of this job
 //! STORE/parts/ID.part        what one node contributed
 //! STORE/packs/ID.pack        compressed memory
+//! STORE/logs/JOB@N-NODE/      output of restored processes (`--stdio log`)
 //! STORE/tmp/DUMP/            files in the making, and lists of what was put into parts/ and packs/
 //! STORE/tmp/DUMP.lock        held (flock) by the coordinator as long as the dump lives
 //! ```
@@ -29,18 +30,18 @@ mod verify;
 pub use dump::{Dump, DumpId};
 pub use error::{Result, StoreError};
 pub use part_reader::{PartReader, RunData};
-pub use part_writer::{Compress, PartOptions, PartWriter};
+pub use part_writer::{Compress, PartOptions, PartWriter, Watch};
 pub use refs::JobName;
 pub use verify::{Problem, VerifyReport};
 
-use ckpt_common::image::{Digest, FormatError};
+use ckpt_common::image::{Digest, FormatError, manifest::Checkpoint};
 use std::path::{Path, PathBuf};
 
 /// Version of the layout that this code writes and reads.
 pub const VERSION: u32 = 1;
 
 const PREFIX: &str = "ckpt store ";
-const DIRECTORIES: [&str; 4] = ["jobs", "parts", "packs", "tmp"];
+const DIRECTORIES: [&str; 5] = ["jobs", "parts", "packs", "logs", "tmp"];
 
 /// A directory of checkpoints.
 #[derive(Clone, Debug)]
@@ -109,6 +110,16 @@ impl Store {
     /// Where it is.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Directory for the output of what is restored on a node; made if need be.
+    pub fn log_directory(&self, checkpoint: &Checkpoint, node: &str) -> Result<PathBuf> {
+        let logs = self.root.join("logs");
+        files::make_dir(&logs)?;
+        // A node may be given as user@host, but a slash would lead elsewhere.
+        let directory = logs.join(format!("{}-{}", checkpoint.name(), node.replace('/', "_")));
+        files::make_dir(&directory)?;
+        Ok(directory)
     }
 
     fn tmp(&self) -> PathBuf {

@@ -64,25 +64,37 @@ impl PackReader {
         StoreError::damaged(&self.path)(FormatError::damaged("pack", why))
     }
 
-    /// Content of a chunk, checked by crc32c, and by blake3 too if asked to be thorough.
-    pub(super) fn read(&self, number: usize, with: &mut Unpacker, thorough: bool) -> Result<Vec<u8>> {
+    /// Content of a chunk, checked by crc32c, and by blake3 too if asked to be thorough. `buffer`
+    /// is used for the content, whatever it holds.
+    pub(super) fn read(
+        &self,
+        number: usize,
+        with: &mut Unpacker,
+        mut buffer: Vec<u8>,
+        thorough: bool,
+    ) -> Result<Vec<u8>> {
         let chunk = self.chunks.get(number).copied().ok_or_else(|| self.damaged(number, "does not exist"))?;
-        with.stored.resize(chunk.stored(), 0);
-        let read = self.file.read_exact_at(&mut with.stored, chunk.offset());
-        read.map_err(StoreError::io("read", &self.path))?;
-        if crc32c::crc32c(&with.stored) != chunk.crc() {
+        let stored = match chunk.encoding() {
+            Encoding::Plain => &mut buffer,
+            Encoding::Zstd => &mut with.stored,
+        };
+        stored.resize(chunk.stored(), 0);
+        self.file.read_exact_at(stored, chunk.offset()).map_err(StoreError::io("read", &self.path))?;
+        if crc32c::crc32c(stored) != chunk.crc() {
             return Err(self.damaged(number, "has a wrong checksum"));
         }
-        if thorough && Digest::of(&[&with.stored]) != chunk.hash() {
+        if thorough && Digest::of(&[stored]) != chunk.hash() {
             return Err(self.damaged(number, "has a wrong hash"));
         }
-        match chunk.encoding() {
-            Encoding::Plain => Ok(std::mem::take(&mut with.stored)),
-            Encoding::Zstd => match with.zstd.decompress(&with.stored, chunk.raw()) {
-                Ok(raw) if raw.len() == chunk.raw() => Ok(raw),
-                Ok(raw) => Err(self.damaged(number, &format!("unpacks to {} bytes", raw.len()))),
-                Err(error) => Err(self.damaged(number, &format!("does not unpack: {error}"))),
-            },
+        if chunk.encoding() == Encoding::Zstd {
+            buffer.clear();
+            buffer.reserve_exact(chunk.raw());
+            let unpacked = with.zstd.decompress_to_buffer(&with.stored, &mut buffer);
+            unpacked.map_err(|error| self.damaged(number, &format!("does not unpack: {error}")))?;
         }
+        if buffer.len() != chunk.raw() {
+            return Err(self.damaged(number, &format!("unpacks to {} bytes", buffer.len())));
+        }
+        Ok(buffer)
     }
 }

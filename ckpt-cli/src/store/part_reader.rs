@@ -134,7 +134,7 @@ impl PartReader {
         let map = self.page_map(id)?;
         let loads = self.plan(map)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS).min(loads.len());
-        let (todo_in, todo_out) = crossbeam_channel::bounded::<usize>(AHEAD);
+        let (todo_in, todo_out) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(AHEAD);
         let (done_in, done_out) = crossbeam_channel::bounded(AHEAD);
         thread::scope(|scope| {
             // Moved in here, so that they are gone, and the threads end, when this returns early.
@@ -143,9 +143,9 @@ impl PartReader {
                 let (todo, done, loads) = (todo_out.clone(), done_in.clone(), &loads);
                 scope.spawn(move || {
                     let mut unpacker = Unpacker::new();
-                    for number in todo {
+                    for (number, buffer) in todo {
                         let content = match (&mut unpacker, loads.get(number)) {
-                            (Ok(unpacker), Some(load)) => load.pack.read(load.chunk, unpacker, false),
+                            (Ok(unpacker), Some(load)) => load.pack.read(load.chunk, unpacker, buffer, false),
                             (Err(_), _) => Unpacker::new().map(|_| Vec::new()),
                             (_, None) => Ok(Vec::new()),
                         };
@@ -180,8 +180,10 @@ impl PartReader {
             let reader = self.pack_of(pack, chunk, page, run.count.get())?;
             if !kept.iter().rev().any(|&key| key == (pack, chunk)) {
                 loads.push(Load { pack: reader, chunk: chunk as usize });
+                while kept.len() >= KEPT {
+                    kept.pop_front();
+                }
                 kept.push_back((pack, chunk));
-                kept.truncate_front_to(KEPT);
             }
         }
         Ok(loads)
@@ -199,6 +201,8 @@ struct Loaded {
     kept: VecDeque<((u32, u32), Vec<u8>)>,
     /// Unpacked, but not needed yet.
     early: BTreeMap<usize, Result<Vec<u8>>>,
+    /// Buffers to use again: fresh memory costs more than unpacking into it.
+    spare: Vec<Vec<u8>>,
     asked: usize,
     taken: usize,
     total: usize,
@@ -208,13 +212,15 @@ impl Loaded {
     fn get(
         &mut self,
         key: (u32, u32),
-        todo: &crossbeam_channel::Sender<usize>,
+        todo: &crossbeam_channel::Sender<(usize, Vec<u8>)>,
         done: &crossbeam_channel::Receiver<(usize, Result<Vec<u8>>)>,
     ) -> Result<&[u8]> {
         if let Some(position) = self.kept.iter().rposition(|(kept, _)| *kept == key) {
             return Ok(&self.kept[position].1);
         }
-        while self.asked < self.total && self.asked < self.taken + AHEAD && todo.send(self.asked).is_ok() {
+        while self.asked < self.total && self.asked < self.taken + AHEAD {
+            let gone = |_| StoreError::io("unpack", "chunks")(std::io::Error::other("a thread died"));
+            todo.send((self.asked, self.spare.pop().unwrap_or_default())).map_err(gone)?;
             self.asked += 1;
         }
         let content = loop {
@@ -226,20 +232,10 @@ impl Loaded {
             self.early.insert(number, content);
         };
         self.taken += 1;
-        self.kept.truncate_front_to(KEPT - 1);
+        while self.kept.len() >= KEPT {
+            self.spare.extend(self.kept.pop_front().map(|(_, content)| content));
+        }
         self.kept.push_back((key, content));
         Ok(self.kept.back().map_or(&[], |(_, content)| content))
-    }
-}
-
-trait TruncateFront {
-    /// Drops elements from the front until at most `length` are left.
-    fn truncate_front_to(&mut self, length: usize);
-}
-
-impl<T> TruncateFront for VecDeque<T> {
-    fn truncate_front_to(&mut self, length: usize) {
-        let surplus = self.len().saturating_sub(length);
-        self.drain(..surplus);
     }
 }

@@ -1,7 +1,7 @@
 //! Writing one node's part of a checkpoint.
 
 use super::{
-    DumpId, Result, Store,
+    DumpId, Result, Store, StoreError,
     dump::Workspace,
     files,
     pack_writer::{FinishedPack, PackWriter},
@@ -14,7 +14,13 @@ use ckpt_common::image::{
     part::{MAX_SIZE, PartBuilder},
     record::{self, RawRecord},
 };
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
 
 /// How page content is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +46,34 @@ pub struct PartOptions {
     /// The dump that the part belongs to. Without one the caller alone answers for the finished
     /// part: nothing will ever sweep it.
     pub dump: Option<DumpId>,
+    /// Lets another thread follow the writer, and stop it.
+    pub watch: Arc<Watch>,
+}
+
+/// How far a writer has got, and whether it is to stop.
+#[derive(Debug, Default)]
+pub struct Watch {
+    bytes: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Watch {
+    /// Bytes of page content taken so far, over all writers with this watch.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// From now on writers refuse to go on, with [`StoreError::Cancelled`].
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> Result<()> {
+        match self.cancelled.load(Ordering::Relaxed) {
+            true => Err(StoreError::Cancelled),
+            false => Ok(()),
+        }
+    }
 }
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -58,6 +92,7 @@ pub struct PartWriter {
     memory: Option<(MemoryId, PageMapBuilder)>,
     packs: Option<PackWriter>,
     compress: Compress,
+    watch: Arc<Watch>,
     chunk: Vec<u8>,
     records: u64,
     data_pages: u64,
@@ -88,6 +123,7 @@ impl Store {
             memory: None,
             packs: None,
             compress: options.compress,
+            watch: options.watch,
             chunk: Vec::new(),
             records: 0,
             data_pages: 0,
@@ -144,6 +180,7 @@ impl PartWriter {
             let why = format!("{} bytes are not whole pages", data.len());
             return Err(FormatError::TooLarge { what: "page map", why }.into());
         }
+        self.watch.check()?;
         for (page, content) in (first..).zip(data.chunks_exact(PAGE_SIZE)) {
             let source = if content == ZERO_PAGE {
                 self.zero_pages += 1;
@@ -154,6 +191,7 @@ impl PartWriter {
             };
             self.map()?.push(page, 1, source)?;
         }
+        self.watch.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -186,6 +224,7 @@ impl PartWriter {
 
     /// Makes the part durable. It stays invisible until a manifest names it.
     pub fn finish(mut self) -> Result<PartRef> {
+        self.watch.check()?;
         self.end_memory();
         let mut packs = Vec::new();
         if let Some(mut writer) = self.packs.take() {

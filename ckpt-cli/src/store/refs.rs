@@ -76,6 +76,11 @@ impl Store {
         self.numbers(job)?.into_iter().map(|number| self.checkpoint(job, number)).collect()
     }
 
+    /// As [`Self::checkpoints`], but a damaged one does not hide the others.
+    pub fn entries(&self, job: &JobName) -> Result<Vec<Result<Checkpoint>>> {
+        Ok(self.numbers(job)?.into_iter().map(|number| self.checkpoint(job, number)).collect())
+    }
+
     fn checkpoint(&self, job: &JobName, number: u64) -> Result<Checkpoint> {
         let path = self.job_path(job).join(format!("{number}.json"));
         let text = files::read_capped(&path, manifest::MAX_SIZE)?;

@@ -113,7 +113,7 @@ fn what_was_written_is_read() {
     let (_directory, store) = new_store();
     for compress in [Compress::None, Compress::Zstd(1)] {
         let memory = memory(3, 700);
-        let part = write(&store, PartOptions { compress, dump: None }, &memory);
+        let part = write(&store, PartOptions { compress, ..Default::default() }, &memory);
         assert!(read(&store, &part).unwrap() == memory);
         let pages = memory.values().flat_map(BTreeMap::values);
         let zero = pages.filter(|page| page.iter().all(|&byte| byte == 0)).count() as u64;
@@ -129,7 +129,7 @@ fn compression_makes_smaller_and_incompressible_chunks_are_plain() {
     let (_directory, store) = new_store();
     let object = |kind| Memory::from([(0, (0..64).map(|n| (n, page(kind, n))).collect())]);
     let stored = |compress, kind| {
-        write(&store, PartOptions { compress, dump: None }, &object(kind))
+        write(&store, PartOptions { compress, ..Default::default() }, &object(kind))
             .packs
             .iter()
             .map(|p| p.bytes)
@@ -180,6 +180,21 @@ fn nothing_is_visible_before_the_commit_and_nothing_stays_of_an_abort() {
     assert_eq!([files_in(&store, "tmp"), files_in(&store, "parts"), files_in(&store, "packs")], [0, 0, 0]);
     assert!(matches!(store.open_part(&finished), Err(StoreError::Missing { .. })));
     assert_eq!(commit(&store, "shop", &memory(1, 40)).name(), "shop@1");
+}
+
+#[test]
+fn a_cancelled_writer_stops() {
+    let (_directory, store) = new_store();
+    let options = PartOptions::default();
+    let watch = options.watch.clone();
+    let mut part = store.part_writer(options).unwrap();
+    part.memory(MemoryId(0)).unwrap();
+    part.pages(0, &page(2, 0)).unwrap();
+    assert_eq!(watch.bytes(), PAGE_SIZE as u64);
+    watch.cancel();
+    assert!(matches!(part.pages(1, &page(2, 0)), Err(StoreError::Cancelled)));
+    assert!(matches!(part.finish(), Err(StoreError::Cancelled)));
+    assert_eq!(files_in(&store, "tmp"), 0);
 }
 
 #[test]

@@ -92,13 +92,14 @@ impl Store {
         let pack = self.open_pack(id)?;
         let mut unpacker = Unpacker::new()?;
         report.packs += 1;
-        let mut bad = 0;
+        let (mut bad, mut buffer) = (0, Vec::new());
         let every = u64::from(sample.clamp(1, 100));
         for number in (0..pack.chunks().len()).filter(|&n| (n as u64 * every) % 100 < every) {
-            match pack.read(number, &mut unpacker, true) {
+            match pack.read(number, &mut unpacker, std::mem::take(&mut buffer), true) {
                 Ok(content) => {
                     report.chunks += 1;
                     report.bytes += content.len() as u64;
+                    buffer = content;
                 }
                 Err(error) => {
                     report.add(Some(node), error);

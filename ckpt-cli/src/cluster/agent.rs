@@ -1,0 +1,474 @@
+//! One node's side: `ckpt serve`.
+//!
+//! The calling thread does the work, since ptrace(2) knows its tracer by thread. A thread reads
+//! requests, one sends signs of life, one watches whether the coordinator still gives any. When it
+//! does not (end of input, or silence), the session is dropped, which lets the job run on; when the
+//! working thread is stuck and cannot do even that, the process kills itself, and the kernel and
+//! the self-healing of stopped threads do the rest.
+
+use super::{
+    engine::{DumpSession, Engine, Outcome, RestoreSession},
+    error::{Classified, failure_of},
+    fault::Faults,
+    frames::{FrameReader, FrameWriter},
+};
+use crate::{
+    job::selector,
+    store::{Compress, PartOptions, Store, StoreError, Watch},
+};
+use anyhow::{Context, Result, anyhow, bail};
+use ckpt_common::{
+    image::manifest::NodeAddress,
+    wire::{
+        ConnectTask, DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport,
+        RestoreTask,
+    },
+};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use std::{
+    io::{Read, Write},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+const TICK: Duration = Duration::from_millis(50);
+/// Silence after which the coordinator is given up, until it says how patient we should be.
+const FIRST_PATIENCE: Duration = Duration::from_secs(60);
+/// Time to clean up after the coordinator is gone, before the process kills itself.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What the threads share.
+struct Shared {
+    heard: Mutex<Instant>,
+    patience: Mutex<Duration>,
+    /// The coordinator is gone.
+    lost: AtomicBool,
+    /// The working thread has ended.
+    done: AtomicBool,
+    /// Follows and stops the writing of parts.
+    watch: Mutex<Arc<Watch>>,
+    /// Steps done, besides bytes written.
+    steps: AtomicU64,
+}
+
+impl Shared {
+    fn lose(&self, why: &str) {
+        if !self.lost.swap(true, Ordering::Relaxed) {
+            tracing::warn!(why, "the coordinator is gone");
+            lock(&self.watch).cancel();
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// Serves one coordinator until it closes the stream or is lost. `greeted` is called once with its
+/// greeting.
+pub fn serve(
+    engine: &dyn Engine,
+    input: impl Read + Send + 'static,
+    output: impl Write + Send + 'static,
+    greeted: &dyn Fn(&Hello),
+) -> Result<()> {
+    let shared = Arc::new(Shared {
+        heard: Mutex::new(Instant::now()),
+        patience: Mutex::new(FIRST_PATIENCE),
+        lost: AtomicBool::new(false),
+        done: AtomicBool::new(false),
+        watch: Mutex::default(),
+        steps: AtomicU64::new(0),
+    });
+    let (requests_in, requests) = crossbeam_channel::bounded(4);
+    let output = Arc::new(Mutex::new(FrameWriter::new(output)));
+    thread::spawn({
+        let shared = shared.clone();
+        move || listen(input, &shared, &requests_in)
+    });
+    thread::spawn({
+        let shared = shared.clone();
+        move || watch(&shared)
+    });
+    thread::spawn({
+        let (shared, output) = (shared.clone(), output.clone());
+        move || live(&shared, &output)
+    });
+    let mut agent =
+        Agent { engine, shared: shared.clone(), state: State::Idle, faults: Faults::default(), greeted };
+    let result = agent.run(&requests, &output);
+    // The session's Drop is what the watch waits for.
+    drop(agent);
+    shared.done.store(true, Ordering::Relaxed);
+    result
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn listen(input: impl Read, shared: &Shared, requests: &crossbeam_channel::Sender<Request>) {
+    let mut reader = FrameReader::new(input);
+    let why = loop {
+        match reader.read::<Request>() {
+            Ok(Some(request)) => {
+                *lock(&shared.heard) = Instant::now();
+                if request != Request::Ping && requests.send(request).is_err() {
+                    return;
+                }
+            }
+            Ok(None) => break "it closed the connection".to_owned(),
+            Err(error) => break error.to_string(),
+        }
+    };
+    shared.lose(&why);
+}
+
+/// Sends signs of life.
+fn live(shared: &Shared, output: &Mutex<FrameWriter<impl Write>>) {
+    let mut last = Instant::now();
+    while !shared.done.load(Ordering::Relaxed) {
+        thread::sleep(TICK);
+        if last.elapsed() >= *lock(&shared.patience) / 10 {
+            let progress = lock(&shared.watch).bytes() + shared.steps.load(Ordering::Relaxed);
+            if lock(output).write(&Response::Alive(progress)).is_err() {
+                return shared.lose("nobody reads our answers");
+            }
+            last = Instant::now();
+        }
+    }
+}
+
+/// Gives the coordinator up when it is silent, and the process when the working thread is stuck.
+fn watch(shared: &Shared) {
+    let mut since = None;
+    while !shared.done.load(Ordering::Relaxed) {
+        thread::sleep(TICK);
+        if lock(&shared.heard).elapsed() > *lock(&shared.patience) {
+            shared.lose("it is silent");
+        }
+        if shared.is_lost() && since.get_or_insert_with(Instant::now).elapsed() > GRACE {
+            tracing::error!("stuck: ending the agent by force");
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}
+
+enum State {
+    Idle,
+    Dump(Box<dyn DumpSession>, Store, DumpTask),
+    Restore(Box<dyn RestoreSession>),
+    Released(Vec<i32>),
+}
+
+struct Agent<'a> {
+    engine: &'a dyn Engine,
+    shared: Arc<Shared>,
+    state: State,
+    faults: Faults,
+    greeted: &'a dyn Fn(&Hello),
+}
+
+impl Agent<'_> {
+    fn run(&mut self, requests: &Receiver<Request>, output: &Mutex<FrameWriter<impl Write>>) -> Result<()> {
+        loop {
+            let request = match requests.recv_timeout(TICK) {
+                Ok(_) if self.shared.is_lost() => return Ok(()),
+                Ok(request) => request,
+                Err(RecvTimeoutError::Timeout) if self.shared.is_lost() => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            let response = self.handle(request).unwrap_or_else(|error| {
+                // Undone at once: a session that failed is of no use any more.
+                self.abort();
+                Response::Failed(failure_of(&error))
+            });
+            self.shared.steps.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = lock(output).write(&response) {
+                self.shared.lose("nobody reads our answers");
+                bail!("answering the coordinator: {error}");
+            }
+        }
+    }
+
+    fn handle(&mut self, request: Request) -> Result<Response> {
+        let phase = match &request {
+            Request::PlanDump(_) | Request::PlanRestore(_) => Some(Phase::Plan),
+            Request::Arm => Some(Phase::Arm),
+            Request::Cut => Some(Phase::Cut),
+            Request::Run => Some(Phase::Run),
+            Request::Save => Some(Phase::Save),
+            Request::Commit => Some(Phase::Commit),
+            Request::Build => Some(Phase::Build),
+            Request::Connect(_) => Some(Phase::Connect),
+            Request::Release => Some(Phase::Release),
+            Request::Abort => Some(Phase::Abort),
+            _ => None,
+        };
+        phase.map_or(Ok(()), |phase| self.faults.begin(phase))?;
+        let response = self.perform(request)?;
+        phase.map_or(Ok(()), |phase| self.faults.end(phase))?;
+        Ok(response)
+    }
+
+    fn perform(&mut self, request: Request) -> Result<Response> {
+        match request {
+            Request::Hello(hello) => self.hello(&hello),
+            Request::Doctor { store } => Ok(Response::Doctor(crate::doctor::probe(Path::new(&store)))),
+            Request::PlanDump(task) => Ok(Response::Planned(self.plan_dump(task)?)),
+            Request::Arm => self.dumping(|session| session.arm()).map(|()| Response::Done),
+            Request::Cut => self.dumping(|session| session.cut()).map(Response::Cut),
+            Request::Run => self.dumping(|session| session.thaw()).map(|()| Response::Done),
+            Request::Save => self.save(),
+            Request::Commit => self.commit(),
+            Request::PlanRestore(task) => Ok(Response::RestorePlanned(self.plan_restore(task)?)),
+            Request::Build => self.restoring(|session| session.build()),
+            Request::Connect(task) => self.connect(&task),
+            Request::Release => self.release(),
+            Request::Wait => self.wait(),
+            Request::Abort => {
+                self.abort();
+                Ok(Response::Done)
+            }
+            Request::Ping => Ok(Response::Done),
+        }
+    }
+
+    fn hello(&mut self, hello: &Hello) -> Result<Response> {
+        (self.greeted)(hello);
+        self.faults = Faults::of(&hello.node, hello.fault.as_deref()).map_err(|error| anyhow!(error))?;
+        *lock(&self.shared.patience) = Duration::from_secs(hello.patience.clamp(1, 3600));
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let ckpt = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(Response::Hello { ckpt, kernel: kernel.trim().to_owned() })
+    }
+
+    fn plan_dump(&mut self, task: DumpTask) -> Result<PlanReport> {
+        let addresses = addresses()?;
+        let store = shared_store(&task)?;
+        *lock(&self.shared.watch) = Arc::default();
+        let pids = selector::find(&task.selector)?;
+        if pids.is_empty() {
+            return Ok(PlanReport { addresses, ..Default::default() });
+        }
+        let (session, mut report) = self.engine.plan_dump(&pids, &task.options)?;
+        report.addresses = addresses;
+        self.state = State::Dump(session, store, task);
+        Ok(report)
+    }
+
+    fn dumping<T>(&mut self, act: impl FnOnce(&mut dyn DumpSession) -> Result<T>) -> Result<T> {
+        match &mut self.state {
+            State::Dump(session, ..) => act(session.as_mut()),
+            _ => bail!("no dump is under way on this node"),
+        }
+    }
+
+    fn save(&mut self) -> Result<Response> {
+        let State::Dump(session, store, task) = &mut self.state else {
+            bail!("no dump is under way on this node");
+        };
+        let mut part = store.part_writer(PartOptions {
+            compress: task.options.compress.map_or(Compress::None, Compress::Zstd),
+            dump: Some(task.dump.clone().into()),
+            watch: lock(&self.shared.watch).clone(),
+        })?;
+        session.save(&mut part)?;
+        Ok(Response::Saved(part.finish().context("writing the part")?))
+    }
+
+    fn commit(&mut self) -> Result<Response> {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Dump(session, _, task) => {
+                let outcome = if task.options.stop { Outcome::Kill } else { Outcome::LeaveRunning };
+                session.finish(outcome)?;
+                Ok(Response::Done)
+            }
+            _ => bail!("no dump is under way on this node"),
+        }
+    }
+
+    fn plan_restore(&mut self, task: RestoreTask) -> Result<RestoreReport> {
+        let addresses = addresses()?;
+        let store = Store::open(Path::new(&task.store))?;
+        let part = store.open_part(&task.part)?;
+        part.check_known()?;
+        let (session, mut report) = self.engine.plan_restore(part, &task.options)?;
+        report.addresses = addresses;
+        self.state = State::Restore(session);
+        Ok(report)
+    }
+
+    fn restoring(&mut self, act: impl FnOnce(&mut dyn RestoreSession) -> Result<()>) -> Result<Response> {
+        match &mut self.state {
+            State::Restore(session) => act(session.as_mut()).map(|()| Response::Done),
+            _ => bail!("no restore is under way on this node"),
+        }
+    }
+
+    fn connect(&mut self, task: &ConnectTask) -> Result<Response> {
+        self.restoring(|session| session.connect(task))
+    }
+
+    fn release(&mut self) -> Result<Response> {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Restore(session) => {
+                let pids = session.release()?;
+                self.state = State::Released(pids.clone());
+                Ok(Response::Released(pids))
+            }
+            _ => bail!("no restore is under way on this node"),
+        }
+    }
+
+    /// Waits for the end of the restored processes, or of the coordinator.
+    fn wait(&mut self) -> Result<Response> {
+        let State::Released(pids) = &self.state else { bail!("nothing was restored on this node") };
+        while !self.shared.is_lost() && pids.iter().any(|&pid| is_alive(pid)) {
+            thread::sleep(TICK);
+        }
+        Ok(Response::Done)
+    }
+
+    /// Undoes everything. Processes that run again already have peers that do not: they are ended.
+    fn abort(&mut self) {
+        if let State::Released(pids) = std::mem::replace(&mut self.state, State::Idle) {
+            for pid in pids {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                if let Err(error) = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL) {
+                    tracing::warn!(%pid, %error, "cannot end a restored process");
+                }
+            }
+        }
+    }
+}
+
+/// Runs it, or does it lie there as a zombie, or not at all?
+fn is_alive(pid: i32) -> bool {
+    let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
+    stat.is_ok_and(|stat| stat.state != 'Z' && stat.state != 'X')
+}
+
+/// Opens the store and makes sure that it is the coordinator's.
+fn shared_store(task: &DumpTask) -> Result<Store> {
+    let store = Store::open(Path::new(&task.store))?;
+    match store.dump_directory(&task.dump.clone().into()) {
+        Ok(_) => Ok(store),
+        Err(StoreError::NotFound { .. }) => {
+            let message = format!("{} is not the coordinator's store but another one", task.store);
+            let hint = Some("all nodes need the same directory: `--store` on shared storage".to_owned());
+            Err(Classified { message, hint, class: FailureClass::NoStore }.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The node's addresses, without those of loopback interfaces.
+fn addresses() -> Result<Vec<NodeAddress>> {
+    use nix::net::if_::InterfaceFlags;
+    let interfaces = nix::ifaddrs::getifaddrs().context("listing the node's addresses")?;
+    let mut addresses = Vec::new();
+    for interface in interfaces.filter(|entry| !entry.flags.contains(InterfaceFlags::IFF_LOOPBACK)) {
+        let Some(address) = interface.address else { continue };
+        let v4 = address.as_sockaddr_in().map(|address| address.ip().into());
+        let v6 = address.as_sockaddr_in6().map(|address| address.ip().into());
+        let Some(address) = v4.or(v6) else { continue };
+        addresses.push(NodeAddress { interface: interface.interface_name, address });
+    }
+    Ok(addresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::PartReader;
+    use ckpt_common::wire::{DumpOptions, RestoreOptions, Selector};
+
+    struct NoEngine;
+
+    impl Engine for NoEngine {
+        fn plan_dump(&self, _: &[i32], _: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+            bail!("not here")
+        }
+        fn plan_restore(
+            &self,
+            _: PartReader,
+            _: &RestoreOptions,
+        ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
+            bail!("not here")
+        }
+    }
+
+    /// Sends requests to an agent and gives its answers, up to its end.
+    fn converse(requests: &[Request]) -> Vec<Response> {
+        let (input, ours) = std::io::pipe().unwrap();
+        let (theirs, output) = std::io::pipe().unwrap();
+        let mut writer = FrameWriter::new(ours);
+        let requests = requests.to_vec();
+        thread::scope(|scope| {
+            scope.spawn(move || serve(&NoEngine, input, output, &|_| {}).unwrap());
+            let mut reader = FrameReader::new(theirs);
+            let mut answers = Vec::new();
+            for request in requests {
+                writer.write(&request).unwrap();
+                answers.push(loop {
+                    match reader.read::<Response>().unwrap().unwrap() {
+                        Response::Alive(_) => {}
+                        answer => break answer,
+                    }
+                });
+            }
+            drop(writer);
+            answers
+        })
+    }
+
+    fn failure(response: &Response) -> (FailureClass, &str) {
+        match response {
+            Response::Failed(failure) => (failure.class, &failure.message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn requests_out_of_order_are_refused() {
+        let requests = [Request::Cut, Request::Save, Request::Commit, Request::Build, Request::Release];
+        for response in converse(&requests) {
+            let (class, message) = failure(&response);
+            assert_eq!(class, FailureClass::Other);
+            assert!(message.ends_with("is under way on this node"), "{message}");
+        }
+    }
+
+    #[test]
+    fn another_store_than_the_coordinators_is_refused() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("store");
+        let task = |store: &Path| {
+            Request::PlanDump(DumpTask {
+                store: store.to_str().unwrap().to_owned(),
+                dump: "0".repeat(32),
+                selector: Selector::Pids(vec![1]),
+                options: DumpOptions::default(),
+            })
+        };
+        let missing = converse(&[task(&path)]).remove(0);
+        assert_eq!(failure(&missing).0, FailureClass::NoStore);
+        Store::create(&path).unwrap();
+        let other = converse(&[task(&path)]).remove(0);
+        let (class, message) = failure(&other);
+        assert_eq!(class, FailureClass::NoStore);
+        assert!(message.ends_with("is not the coordinator's store but another one"), "{message}");
+    }
+
+    #[test]
+    fn loopback_is_no_address_of_a_node() {
+        assert!(addresses().unwrap().iter().all(|entry| !entry.address.is_loopback()));
+    }
+}

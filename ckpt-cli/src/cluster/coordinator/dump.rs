@@ -1,0 +1,338 @@
+//! A dump, from the coordinator's side.
+
+use super::{Context, abort, ask_all, blocked, done, phase};
+use crate::{
+    cluster::{
+        ClusterError, Result,
+        channels::{self, NodeView},
+        fault::Faults,
+        link::Link,
+    },
+    store::{Dump, JobName, Store},
+};
+use ckpt_common::{
+    image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
+    wire::{Blocker, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector},
+};
+use std::{
+    cell::RefCell,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// Word of `--allow` for TCP connections that lead out of the job.
+const OUTSIDE_TCP: &str = "outside-tcp";
+
+/// Most attempts, and the time between two.
+const ATTEMPTS: u32 = 5;
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
+
+/// Blockers with the names of their nodes.
+pub type OnNodes = Vec<(String, Blocker)>;
+
+/// What to dump.
+pub struct DumpRequest {
+    /// Path of the store, the same on every node.
+    pub store: PathBuf,
+    /// Name of the job in the store.
+    pub job: JobName,
+    /// Which processes.
+    pub selector: Selector,
+    /// Nodes to look on.
+    pub nodes: Vec<String>,
+    /// How.
+    pub options: DumpOptions,
+    /// The options as the manifest keeps them.
+    pub record: DumpRecord,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub struct DumpOutcome {
+    /// The committed checkpoint.
+    pub checkpoint: Checkpoint,
+    /// Time from the beginning to the commit.
+    pub took: Duration,
+    /// What comes back closed or disconnected, because that was allowed by name.
+    pub left_out: OnNodes,
+}
+
+/// Takes a checkpoint of a job.
+///
+/// # Errors
+/// Anything before the commit leaves the job running and the store as it was. After the commit only
+/// [`ClusterError::AfterCommit`] is possible.
+pub fn dump(request: &DumpRequest, context: &Context<'_>) -> Result<DumpOutcome> {
+    let start = Instant::now();
+    let store = Store::create(&request.store)?;
+    let dump = store.begin_dump(&request.job)?;
+    let mut links = context.open(&request.nodes)?;
+    let run = Run {
+        request,
+        context,
+        faults: context.faults()?,
+        times: RefCell::default(),
+        left_out: RefCell::default(),
+    };
+    let result = run.attempts(&mut links, &dump).and_then(|manifest| run.commit(dump, manifest));
+    match result {
+        Ok(checkpoint) => {
+            let took = start.elapsed();
+            run.end(&links, &checkpoint)?;
+            Ok(DumpOutcome { checkpoint, took, left_out: run.left_out.into_inner() })
+        }
+        Err(error) => {
+            abort(&links, context);
+            Err(error)
+        }
+    }
+}
+
+struct Run<'a> {
+    request: &'a DumpRequest,
+    context: &'a Context<'a>,
+    faults: Faults,
+    times: RefCell<Vec<PhaseTime>>,
+    left_out: RefCell<OnNodes>,
+}
+
+impl Run<'_> {
+    fn phase<R>(&self, which: Phase, act: impl FnOnce() -> Result<R>) -> Result<R> {
+        phase(which, self.context, &self.faults, &self.times, act)
+    }
+
+    /// Some states pass by themselves, such as a connection that is not accepted yet: then the job
+    /// runs on for a moment before the next attempt.
+    fn attempts(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
+        for attempt in 1.. {
+            let error = match self.until_saved(links, dump) {
+                Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
+                result => return result,
+            };
+            self.context.observer.warn(&format!("{error}; trying again"));
+            abort(links, self.context);
+            self.times.borrow_mut().clear();
+            thread::sleep(BETWEEN_ATTEMPTS * attempt);
+        }
+        Err(ClusterError::Interrupted)
+    }
+
+    /// Everything before the commit. Links to nodes without processes of the job are dropped.
+    fn until_saved(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
+        let plans = self.phase(Phase::Plan, || self.plan(links, dump))?;
+        self.note_left_out(links, &plans);
+        let (links, stop) = (&*links, self.request.options.stop);
+        self.phase(Phase::Arm, || ask_all(links, self.context, |_| Request::Arm, done))?;
+        let (frozen, created) = (Instant::now(), SystemTime::now());
+        let take = |response| match response {
+            Response::Cut(report) => Some(report),
+            _ => None,
+        };
+        let cuts = self.phase(Phase::Cut, || ask_all(links, self.context, |_| Request::Cut, take))?;
+        let channels = self.channels(links, &plans, &cuts)?;
+        if !stop {
+            self.phase(Phase::Run, || ask_all(links, self.context, |_| Request::Run, done))?;
+        }
+        let paused = frozen.elapsed();
+        let parts = self.phase(Phase::Save, || self.save(links, &cuts))?;
+        let nodes = links.iter().zip(plans).zip(cuts).zip(parts);
+        let nodes = nodes.map(|(((link, plan), cut), part)| NodePart {
+            name: link.node().to_owned(),
+            kernel: link.kernel().to_owned(),
+            part,
+            addresses: plan.addresses,
+            processes: cut.processes,
+        });
+        Ok(Manifest {
+            created: created.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            ckpt_version: env!("CARGO_PKG_VERSION").to_owned(),
+            options: self.request.record.clone(),
+            nodes: nodes.collect(),
+            channels,
+            phases: self.times.borrow().clone(),
+            paused_us: if stop { 0 } else { paused.as_micros() as u64 },
+            ..Default::default()
+        })
+    }
+
+    /// Asks for plans until every connection's other end is found, or is missing for good:
+    /// connections come and go while the nodes look.
+    fn plan(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Vec<PlanReport>> {
+        let task = DumpTask {
+            store: self.request.store.to_string_lossy().into_owned(),
+            dump: dump.id().as_str().to_owned(),
+            selector: self.request.selector.clone(),
+            options: self.request.options.clone(),
+        };
+        let take = |response| match response {
+            Response::Planned(report) => Some(report),
+            _ => None,
+        };
+        let mut lonely: Option<OnNodes> = None;
+        loop {
+            let request = |_| Request::PlanDump(task.clone());
+            let mut plans = ask_all(links, self.context, request, take)?;
+            if plans.iter().all(|plan| plan.processes.is_empty()) {
+                return Err(ClusterError::NothingFound(self.nothing_found()));
+            }
+            let mut found = plans.iter().map(|plan| !plan.processes.is_empty());
+            links.retain(|_| found.next().unwrap_or(false));
+            plans.retain(|plan| !plan.processes.is_empty());
+            let mut blockers = Vec::new();
+            for (link, plan) in links.iter().zip(&mut plans) {
+                blockers.extend(plan.blockers.drain(..).map(|blocker| (link.node().to_owned(), blocker)));
+            }
+            let (far, mut near) = match self.allows_outside_tcp() {
+                true => Default::default(),
+                false => outside(links, &plans),
+            };
+            if let Some(before) = &lonely {
+                near.retain(|blocker| before.contains(blocker));
+            }
+            blockers.extend(far);
+            let again = lonely.is_none() && !near.is_empty();
+            if !again {
+                blockers.extend(near);
+                blocked(blockers)?;
+                return Ok(plans);
+            }
+            lonely = Some(near);
+            thread::sleep(BETWEEN_ATTEMPTS);
+        }
+    }
+
+    fn nothing_found(&self) -> String {
+        let place = match &self.request.nodes[..] {
+            [node] => node.clone(),
+            nodes => format!("{} nodes", nodes.len()),
+        };
+        match &self.request.selector {
+            Selector::Job(id) => format!("no process of job {id} was found on {place}"),
+            Selector::Pids(_) => format!("the process ended before it could be looked at on {place}"),
+            Selector::Cgroup(path) => format!("there is no process in control group {path} on {place}"),
+        }
+    }
+
+    fn allows_outside_tcp(&self) -> bool {
+        self.request.options.allow.iter().any(|kind| kind == OUTSIDE_TCP)
+    }
+
+    fn note_left_out(&self, links: &[Link], plans: &[PlanReport]) {
+        let mut all = OnNodes::new();
+        for (link, plan) in links.iter().zip(plans) {
+            all.extend(plan.left_out.iter().map(|item| (link.node().to_owned(), item.clone())));
+        }
+        // Those that are not allowed have stopped us before.
+        let (far, near) = outside(links, plans);
+        all.extend(far.into_iter().chain(near));
+        *self.left_out.borrow_mut() = all;
+    }
+
+    /// The channel table, if no byte was lost and no connection has appeared since the plan.
+    fn channels(&self, links: &[Link], plans: &[PlanReport], cuts: &[CutReport]) -> Result<Vec<Channel>> {
+        let view = |(plan, cut): (&'_ PlanReport, &'_ CutReport)| PlanReport {
+            processes: cut.processes.clone(),
+            connections: cut.connections.clone(),
+            addresses: plan.addresses.clone(),
+            ..Default::default()
+        };
+        let reports: Vec<_> = plans.iter().zip(cuts).map(view).collect();
+        let (far, near) = outside(links, &reports);
+        let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
+        if let Some((node, blocker)) = unexpected {
+            let (pid, reason) = (blocker.pid, blocker.reason);
+            return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
+        }
+        let views: Vec<_> = reports
+            .iter()
+            .map(|report| NodeView { connections: &report.connections, addresses: &report.addresses })
+            .collect();
+        let inside = channels::sort(&views).inside;
+        channels::table(&views, &inside).map_err(ClusterError::Changed)
+    }
+
+    fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<PartRef>> {
+        let of = cuts.iter().map(|cut| cut.bytes).sum();
+        let before: u64 = links.iter().map(Link::progress).sum();
+        let take = |response| match response {
+            Response::Saved(part) => Some(part),
+            _ => None,
+        };
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let now: u64 = links.iter().map(Link::progress).sum();
+                    self.context.observer.saved(now.saturating_sub(before).min(of), of);
+                    thread::sleep(Duration::from_millis(50));
+                }
+            });
+            let parts = ask_all(links, self.context, |_| Request::Save, take);
+            done.store(true, Ordering::Relaxed);
+            parts
+        })
+    }
+
+    /// From here on the checkpoint exists, or an error says that it does not.
+    fn commit(&self, dump: Dump, manifest: Manifest) -> Result<Checkpoint> {
+        let fault = |error: anyhow::Error| {
+            let message = error.to_string();
+            ClusterError::Other { phase: Phase::Commit, message }
+        };
+        self.context.check_interrupted()?;
+        self.context.observer.phase(Phase::Commit);
+        self.faults.begin(Phase::Commit).map_err(fault)?;
+        let checkpoint = dump.commit(manifest)?;
+        if let Err(error) = self.faults.end(Phase::Commit) {
+            let (name, what) = (checkpoint.name(), error.to_string());
+            return Err(ClusterError::AfterCommit { name, what });
+        }
+        Ok(checkpoint)
+    }
+
+    /// Tells the agents. A node that is gone by now does not undo the checkpoint.
+    fn end(&self, links: &[Link], checkpoint: &Checkpoint) -> Result<()> {
+        let never = AtomicBool::new(false);
+        let context = Context { interrupted: &never, log: String::new(), ..*self.context };
+        let Err(error) = ask_all(links, &context, |_| Request::Commit, done) else { return Ok(()) };
+        if self.request.options.stop {
+            let what = format!("the job may still run: {error}");
+            return Err(ClusterError::AfterCommit { name: checkpoint.name(), what });
+        }
+        self.context.observer.warn(&format!("after the commit: {error}"));
+        Ok(())
+    }
+}
+
+/// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
+fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
+    let views: Vec<_> = plans
+        .iter()
+        .map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses })
+        .collect();
+    let blocker = |&(node, index): &(usize, usize)| {
+        let (plan, connection) = (&plans[node], &plans[node].connections[index]);
+        let process = plan.processes.iter().find(|process| process.pid == connection.pid);
+        let remote = channels::canonical(connection.remote);
+        let local = channels::canonical(connection.local);
+        let blocker = Blocker {
+            pid: connection.pid,
+            process: process.map(|process| process.name.clone()).unwrap_or_default(),
+            item: format!("fd {}", connection.fd),
+            reason: format!("TCP connection {local} to {remote}, which is not in the job"),
+            allow: Some(OUTSIDE_TCP.to_owned()),
+        };
+        (links[node].node().to_owned(), blocker)
+    };
+    let own = |remote: std::net::IpAddr| {
+        let mut all = plans.iter().flat_map(|plan| &plan.addresses);
+        remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
+    };
+    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
+        .outside
+        .into_iter()
+        .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
+    (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
+}

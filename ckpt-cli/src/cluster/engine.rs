@@ -1,0 +1,57 @@
+//! What an agent needs from the rooms that capture and rebuild.
+//!
+//! All calls of a session come from one thread, because ptrace(2) knows its tracer by thread; so
+//! sessions need not be `Send`. Tests of the protocol put a fake in their place.
+
+use crate::store::{PartReader, PartWriter};
+use anyhow::Result;
+use ckpt_common::wire::{ConnectTask, CutReport, DumpOptions, PlanReport, RestoreOptions, RestoreReport};
+
+/// Makes sessions.
+pub trait Engine {
+    /// Looks at the processes and their descendants and lists everything that stands in the way.
+    /// Nothing is touched.
+    fn plan_dump(&self, pids: &[i32], options: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)>;
+
+    /// Looks at a part and at this node and lists everything that stands in the way of bringing it
+    /// back here. Nothing is built.
+    fn plan_restore(
+        &self,
+        part: PartReader,
+        options: &RestoreOptions,
+    ) -> Result<(Box<dyn RestoreSession>, RestoreReport)>;
+}
+
+/// What becomes of the job at the end of a dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It runs on.
+    LeaveRunning,
+    /// It is killed, its sockets silently closed.
+    Kill,
+}
+
+/// One dump on one node. Dropped at any time, it lets the job run on unharmed.
+pub trait DumpSession {
+    /// Makes ready what the freeze must not wait for.
+    fn arm(&mut self) -> Result<()>;
+    /// Freezes the job and takes its state.
+    fn cut(&mut self) -> Result<CutReport>;
+    /// Lets the job run on; its state stays.
+    fn thaw(&mut self) -> Result<()>;
+    /// Writes everything to the part.
+    fn save(&mut self, part: &mut PartWriter) -> Result<()>;
+    /// The checkpoint is committed.
+    fn finish(self: Box<Self>, outcome: Outcome) -> Result<()>;
+}
+
+/// One restore on one node. Dropped before [`RestoreSession::release`] has succeeded, it removes
+/// what it has built.
+pub trait RestoreSession {
+    /// Builds processes, objects and memory. Nothing of it runs.
+    fn build(&mut self) -> Result<()>;
+    /// Connects what has its other end on another node, too. Nothing of it runs.
+    fn connect(&mut self, task: &ConnectTask) -> Result<()>;
+    /// Lets everything run. Gives the PIDs as this node sees them.
+    fn release(self: Box<Self>) -> Result<Vec<i32>>;
+}

@@ -1,0 +1,168 @@
+//! An engine whose job is a few files: `NODE.frozen` holds the PID of the agent that froze it.
+//! As with ptrace, the job is frozen only as long as that process lives.
+
+use anyhow::Result;
+use ckpt_cli::{
+    cluster::{
+        engine::{DumpSession, Engine, Outcome, RestoreSession},
+        error::Classified,
+    },
+    store::{PartReader, PartWriter},
+};
+use ckpt_common::{
+    image::{
+        MemoryId, PAGE_SIZE,
+        file::{FileId, OpenFile},
+        manifest::ProcessSummary,
+    },
+    wire::{
+        Blocker, ConnectTask, Connection, CutReport, DumpOptions, FailureClass, PlanReport, Position,
+        RestoreOptions, RestoreReport,
+    },
+};
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+/// Files of one node: `DIRECTORY/NODE.NAME`.
+#[derive(Clone)]
+pub(crate) struct FakeEngine {
+    pub(crate) directory: PathBuf,
+    pub(crate) node: String,
+}
+
+impl FakeEngine {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{}.{name}", self.node))
+    }
+
+    fn put(&self, name: &str, text: &str) -> Result<()> {
+        Ok(fs::write(self.path(name), text)?)
+    }
+
+    fn connections(&self) -> Result<Vec<Connection>> {
+        let text = fs::read_to_string(self.path("connections")).unwrap_or_default();
+        let connection = |line: &str| -> Result<Connection> {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let (local, remote) = (words[0].parse()?, words[1].parse()?);
+            let position = Position {
+                acknowledged: words[2].parse()?,
+                written: words[3].parse()?,
+                received: words[4].parse()?,
+            };
+            Ok(Connection { pid: 1, fd: 5, local, remote, peer_closed: false, position: Some(position) })
+        };
+        text.lines().map(connection).collect()
+    }
+
+    fn processes(&self) -> Vec<ProcessSummary> {
+        vec![ProcessSummary { pid: 1, name: "fake".into(), threads: 1, ..Default::default() }]
+    }
+}
+
+impl Engine for FakeEngine {
+    fn plan_dump(&self, _: &[i32], _: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+        let blocker = Blocker {
+            pid: 1,
+            process: "fake".into(),
+            item: "fd 7".into(),
+            reason: "in the way".into(),
+            allow: None,
+        };
+        let report = PlanReport {
+            processes: self.processes(),
+            blockers: self.path("blocked").exists().then_some(blocker).into_iter().collect(),
+            connections: self.connections()?,
+            ..Default::default()
+        };
+        Ok((Box::new(FakeDump(self.clone())), report))
+    }
+
+    fn plan_restore(
+        &self,
+        part: PartReader,
+        _: &RestoreOptions,
+    ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
+        assert_eq!(part.read::<OpenFile>()?.len(), 1);
+        Ok((Box::new(FakeRestore(self.clone())), RestoreReport::default()))
+    }
+}
+
+struct FakeDump(FakeEngine);
+
+impl DumpSession for FakeDump {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn cut(&mut self) -> Result<CutReport> {
+        self.0.put("was-cut", "")?;
+        self.0.put("frozen", &std::process::id().to_string())?;
+        let left = fs::read_to_string(self.0.path("flaky")).ok().and_then(|n| n.parse::<u32>().ok());
+        if let Some(left) = left.filter(|&left| left > 0) {
+            self.0.put("flaky", &(left - 1).to_string())?;
+            let message = "a connection is not accepted yet; in a moment it may be".to_owned();
+            return Err(Classified { message, hint: None, class: FailureClass::Transient }.into());
+        }
+        let (processes, connections) = (self.0.processes(), self.0.connections()?);
+        Ok(CutReport { us: 1, processes, connections, bytes: PAGE_SIZE as u64 })
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        let _ = fs::remove_file(self.0.path("frozen"));
+        Ok(())
+    }
+
+    fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        let (label, kind) = ("pipe:[1]".into(), "pipe".into());
+        let (owner, payload) = ((0, 0, 0), Vec::new());
+        part.record(&OpenFile { id: FileId(1), flags: 0, owner, label, kind, version: 1, payload })?;
+        part.memory(MemoryId(0))?;
+        part.pages(7, &[1; PAGE_SIZE])?;
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>, outcome: Outcome) -> Result<()> {
+        match outcome {
+            Outcome::LeaveRunning => self.thaw(),
+            Outcome::Kill => self.0.put("killed", ""),
+        }
+    }
+}
+
+impl Drop for FakeDump {
+    fn drop(&mut self) {
+        let _ = self.thaw();
+    }
+}
+
+struct FakeRestore(FakeEngine);
+
+impl RestoreSession for FakeRestore {
+    fn build(&mut self) -> Result<()> {
+        self.0.put("built", &std::process::id().to_string())
+    }
+
+    fn connect(&mut self, task: &ConnectTask) -> Result<()> {
+        let line = |peer: &ckpt_common::wire::PeerPosition| {
+            format!("{} {} {}\n", peer.local, peer.remote, peer.received)
+        };
+        self.0.put("peers", &task.peers.iter().map(line).collect::<String>())
+    }
+
+    fn release(self: Box<Self>) -> Result<Vec<i32>> {
+        let mut sleep = Command::new("sleep");
+        let null = || Stdio::null();
+        let child = sleep.arg("600").stdin(null()).stdout(null()).stderr(null()).spawn()?;
+        self.0.put("running", &child.id().to_string())?;
+        Ok(vec![child.id() as i32])
+    }
+}
+
+impl Drop for FakeRestore {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0.path("built"));
+    }
+}

@@ -1,1 +1,0 @@
-//! What coordinator and agents say to each other.
