@@ -17,6 +17,8 @@ fn main() -> anyhow::Result<()> {
             s.arm()?;
             let r = s.cut()?;
             eprintln!("{r:?}");
+            let pos = s.settle()?;
+            std::fs::write(dir.join("pos.json"), serde_json::to_vec(&pos)?)?;
             if !kill {
                 s.thaw()?;
             }
@@ -46,7 +48,11 @@ fn main() -> anyhow::Result<()> {
                 eprintln!("obstacle {b:?}");
             }
             let t = std::time::Instant::now();
-            s.build()?;
+            s.build(&rebuild::Network {
+                peers: serde_json::from_slice(&std::fs::read(dir.join("pos.json"))?)?,
+                ..Default::default()
+            })?;
+            s.connect()?;
             eprintln!("built {:?}", t.elapsed());
             eprintln!("released {:?}", s.release()?);
             if std::env::var_os("NS").is_some() {
