@@ -36,7 +36,8 @@ impl Files {
         processes: &[Process],
         options: &Options,
     ) -> Result<Self> {
-        let mut all = Self { files: HashMap::new(), epolls: BTreeMap::new(), locks: Vec::new(), seals: Vec::new() };
+        let mut all =
+            Self { files: HashMap::new(), epolls: BTreeMap::new(), locks: Vec::new(), seals: Vec::new() };
         let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
         let mut context = RebuildContext { by_inode: HashMap::new(), files: HashMap::new(), fill: &mut fill };
         let sockets = unix::Rebuilder::new(of_kind::<UnixSocket>(records)?)?;
@@ -63,7 +64,8 @@ impl Files {
         match record.kind.as_str() {
             PathFile::KIND => {
                 let file: PathFile = objects::decode(version, payload)?;
-                let locks = file.locks.iter().map(|(pid, kind, start, len)| (record.id, *pid, *kind, *start, *len));
+                let locks =
+                    file.locks.iter().map(|(pid, kind, start, len)| (record.id, *pid, *kind, *start, *len));
                 self.locks.extend(locks);
                 path_file::rebuild(&file, flags, context)
             }
@@ -85,14 +87,22 @@ impl Files {
                 epoll::rebuild()
             }
             UnixSocket::KIND => sockets.get(objects::decode::<UnixSocket>(version, payload)?.inode),
-            Outside::KIND => outside(record, objects::decode::<Outside>(version, payload)?.what, processes, options),
-            other => bail!("this image has an open file of kind {other}, which this ckpt does not know: use a newer ckpt"),
+            Outside::KIND => {
+                outside(record, objects::decode::<Outside>(version, payload)?.what, processes, options)
+            }
+            other => bail!(
+                "this image has an open file of kind {other}, which this ckpt does not know: use a newer ckpt"
+            ),
         }
     }
 
     /// The number of a description in our table.
     pub(super) fn number(&self, id: FileId) -> Result<i32> {
-        Ok(self.files.get(&id).with_context(|| format!("the image refers to file {} and does not have it", id.0))?.as_raw_fd())
+        Ok(self
+            .files
+            .get(&id)
+            .with_context(|| format!("the image refers to file {} and does not have it", id.0))?
+            .as_raw_fd())
     }
 
     /// The registrations of an epoll, for the first process that has every descriptor it watches.
@@ -118,7 +128,9 @@ impl Files {
 
     /// What can be done only when everything else is done.
     pub(super) fn finish(self) -> Result<()> {
-        if let Some((id, _)) = self.epolls.iter().find(|(_, (targets, done))| !done.get() && !targets.is_empty()) {
+        if let Some((id, _)) =
+            self.epolls.iter().find(|(_, (targets, done))| !done.get() && !targets.is_empty())
+        {
             bail!("epoll {} watches descriptors that no single process has under their numbers", id.0);
         }
         for (fd, seals) in &self.seals {
@@ -138,7 +150,8 @@ fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
     if record.flags & libc::O_PATH != 0 {
         return Ok(());
     }
-    let changeable = OFlag::O_APPEND | OFlag::O_NONBLOCK | OFlag::O_ASYNC | OFlag::O_DIRECT | OFlag::O_NOATIME;
+    let changeable =
+        OFlag::O_APPEND | OFlag::O_NONBLOCK | OFlag::O_ASYNC | OFlag::O_DIRECT | OFlag::O_NOATIME;
     let wanted = OFlag::from_bits_retain(record.flags) & changeable;
     if wanted != OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?) & changeable {
         fcntl(fd, FcntlArg::F_SETFL(wanted))?;
@@ -162,7 +175,12 @@ fn fill(part: &PartReader, memory: MemoryId, file: &File) -> Result<()> {
 }
 
 /// Something harmless in the place of what led out of the job.
-fn outside(record: &OpenFile, what: OutsideKind, processes: &[Process], options: &Options) -> Result<OwnedFd> {
+fn outside(
+    record: &OpenFile,
+    what: OutsideKind,
+    processes: &[Process],
+    options: &Options,
+) -> Result<OwnedFd> {
     let null = || Ok(nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?);
     let number = || {
         let tables = processes.iter().flat_map(|p| &p.fds);
@@ -175,8 +193,11 @@ fn outside(record: &OpenFile, what: OutsideKind, processes: &[Process], options:
             _ => Ok(std::io::stderr().as_fd().try_clone_to_owned()?),
         },
         (OutsideKind::Stdio, Stdio::Log) if number() > 0 => {
-            let pid = processes.iter().find(|p| p.fds.iter().any(|d| d.file == record.id)).map_or(0, |p| p.pid);
-            let path = options.log_directory.join(format!("{pid}.{}.log", if number() == 1 { "out" } else { "err" }));
+            let pid =
+                processes.iter().find(|p| p.fds.iter().any(|d| d.file == record.id)).map_or(0, |p| p.pid);
+            let path = options
+                .log_directory
+                .join(format!("{pid}.{}.log", if number() == 1 { "out" } else { "err" }));
             std::fs::create_dir_all(&options.log_directory)
                 .with_context(|| format!("creating {}", options.log_directory.display()))?;
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;

@@ -178,7 +178,12 @@ impl<'a> Grower<'a> {
         let session = if leads { process.sid } else { inherited };
         for child in newer {
             if child.sid != child.pid && child.sid != session {
-                bail!("process {} is in session {}, which its parent {} is not", child.pid, child.sid, process.pid);
+                bail!(
+                    "process {} is in session {}, which its parent {} is not",
+                    child.pid,
+                    child.sid,
+                    process.pid
+                );
             }
             self.child(process, child, session)?;
         }
@@ -186,13 +191,15 @@ impl<'a> Grower<'a> {
     }
 
     fn child(&mut self, parent: &'a Process, child: &'a Process, session: i32) -> Result<()> {
-        self.clone(Origin::Stub(parent.pid), child.pid, 0).with_context(|| format!("creating process {}", child.pid))?;
+        self.clone(Origin::Stub(parent.pid), child.pid, 0)
+            .with_context(|| format!("creating process {}", child.pid))?;
         self.below(child, session)
     }
 
     /// Process groups: leaders first, then those that join.
     fn groups(&mut self) -> Result<()> {
-        let all: Vec<&Process> = self.processes.values().copied().filter(|p| p.sid != p.pid && p.pgid != 0).collect();
+        let all: Vec<&Process> =
+            self.processes.values().copied().filter(|p| p.sid != p.pid && p.pgid != 0).collect();
         for process in all.iter().filter(|p| p.pgid == p.pid) {
             self.call(Origin::Stub(process.pid), "setpgid", libc::SYS_setpgid, &[0, 0])?;
         }
@@ -208,7 +215,10 @@ impl<'a> Grower<'a> {
                         self.call(Origin::Helper(group), "setpgid", libc::SYS_setpgid, &[0, 0])?;
                     }
                     Err(e) if taken(&e) => {
-                        tracing::warn!("process group {group} is in use on this node; {} gets another", process.pid);
+                        tracing::warn!(
+                            "process group {group} is in use on this node; {} gets another",
+                            process.pid
+                        );
                         self.call(Origin::Stub(process.pid), "setpgid", libc::SYS_setpgid, &[0, 0])?;
                         continue;
                     }

@@ -25,7 +25,8 @@ impl Layout {
         let own = proc::maps(std::process::id() as i32).context("reading our own mappings")?;
         let mut used: Vec<(u64, u64)> = own.iter().map(|m| (m.start, m.end)).collect();
         used.extend(processes.iter().flat_map(|p| p.mm.mappings.iter().map(|m| (m.start, m.end))));
-        let start = hole(used, Arena::LARGE + PARKING).context("no address range is free in every process")?;
+        let start =
+            hole(used, Arena::LARGE + PARKING).context("no address range is free in every process")?;
         Ok(Self { arena: Arena { base: start, len: Arena::LARGE }, parking: start + Arena::LARGE })
     }
 

@@ -49,11 +49,11 @@ fn pull(
     let mut batch = Batch::new(inheritance.layout.arena);
     for (_, id) in order {
         let ours = files.number(id)?;
-        batch.call("taking a mapped file (pidfd_getfd)", libc::SYS_pidfd_getfd, &[
-            inheritance.restorer as u64,
-            ours as u64,
-            0,
-        ]);
+        batch.call(
+            "taking a mapped file (pidfd_getfd)",
+            libc::SYS_pidfd_getfd,
+            &[inheritance.restorer as u64, ours as u64, 0],
+        );
         flush_if_full(leader, &mut batch)?;
     }
     leader.run(batch, false)?.all_ok()?;
@@ -70,7 +70,12 @@ pub(super) fn flush_if_full(stopped: &mut Stopped, batch: &mut Batch) -> Result<
     Ok(stopped.run(full, false)?.all_ok()?)
 }
 
-fn map(leader: &mut Stopped, space: &AddressSpace, pulled: &BTreeMap<FileId, u64>, inheritance: &Inheritance) -> Result<()> {
+fn map(
+    leader: &mut Stopped,
+    space: &AddressSpace,
+    pulled: &BTreeMap<FileId, u64>,
+    inheritance: &Inheritance,
+) -> Result<()> {
     let mut batch = Batch::new(inheritance.layout.arena);
     for mapping in &space.mappings {
         let size = mapping.end.checked_sub(mapping.start).context("a mapping ends before it begins")?;
@@ -115,7 +120,8 @@ fn fields(
 
 /// Writes the pages, and locks what was locked.
 fn fill(pid: i32, space: &AddressSpace, part: &PartReader) -> Result<()> {
-    let mem = File::options().write(true).open(format!("/proc/{pid}/mem")).context("opening the stub's memory")?;
+    let mem =
+        File::options().write(true).open(format!("/proc/{pid}/mem")).context("opening the stub's memory")?;
     part.for_each_run::<anyhow::Error>(space.memory, |first, run| {
         let (mut at, end) = match run {
             RunData::Zero(pages) => (first * PAGE_SIZE as u64, (first + pages) * PAGE_SIZE as u64),

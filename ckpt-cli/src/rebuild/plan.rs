@@ -21,7 +21,11 @@ pub struct Obstacle {
 }
 
 /// Lists the obstacles, and decides whether the job gets a PID namespace of its own.
-pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options) -> Result<(Vec<Obstacle>, bool)> {
+pub(super) fn plan(
+    processes: &[Process],
+    files: &[OpenFile],
+    options: &Options,
+) -> Result<(Vec<Obstacle>, bool)> {
     let mut obstacles = Vec::new();
     let namespace = match options.pids {
         Pids::Namespace => true,
@@ -46,7 +50,9 @@ pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options)
             obstacles.push(Obstacle {
                 pid: Some(process.pid),
                 what: "CPU".into(),
-                reason: format!("the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"),
+                reason: format!(
+                    "the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"
+                ),
             });
         }
         for (what, path) in [("working directory", &process.cwd), ("root directory", &process.root)] {
@@ -61,8 +67,11 @@ pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options)
         paths.push(objects::decode::<PathFile>(file.version, &file.payload)?);
     }
     // What one description rewrites, another may read.
-    let rewritten: HashSet<u64> =
-        paths.iter().filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length)).map(|f| f.inode).collect();
+    let rewritten: HashSet<u64> = paths
+        .iter()
+        .filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length))
+        .map(|f| f.inode)
+        .collect();
     let mut seen = HashSet::new();
     for file in &paths {
         if file.restore == FileRestore::Unchanged && rewritten.contains(&file.inode) {
@@ -81,7 +90,8 @@ pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options)
 fn taken(processes: &[Process]) -> Vec<i32> {
     let wanted = processes.iter().filter(|p| p.zombie.is_none() || p.ppid != 0);
     let wanted = wanted.flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid]));
-    let mut taken: Vec<i32> = wanted.filter(|tid| std::path::Path::new(&format!("/proc/{tid}")).exists()).collect();
+    let mut taken: Vec<i32> =
+        wanted.filter(|tid| std::path::Path::new(&format!("/proc/{tid}")).exists()).collect();
     taken.sort_unstable();
     taken.dedup();
     taken

@@ -40,7 +40,8 @@ pub(super) fn rebuild(
     let waiting = process.threads.iter().flat_map(|t| &t.pending).chain(&process.pending);
     let waiting = waiting.filter_map(signal).fold(0u64, |set, s| set | 1 << (s - 1));
     for (stopped, record) in stub.threads.iter_mut().zip(&process.threads) {
-        thread::rebuild(stopped, record, layout).with_context(|| format!("rebuilding thread {}", record.tid))?;
+        thread::rebuild(stopped, record, layout)
+            .with_context(|| format!("rebuilding thread {}", record.tid))?;
     }
     limits(stub.leader()?.pid, process)?;
     if process.dumpable < 2 {
@@ -110,7 +111,8 @@ fn limits(pid: i32, process: &Process) -> Result<()> {
     }
     if process.oom_score_adj != 0 {
         let path = format!("/proc/{pid}/oom_score_adj");
-        std::fs::write(&path, process.oom_score_adj.to_string()).with_context(|| format!("writing {path}"))?;
+        std::fs::write(&path, process.oom_score_adj.to_string())
+            .with_context(|| format!("writing {path}"))?;
     }
     Ok(())
 }
@@ -119,14 +121,16 @@ fn timers(leader: &mut Stopped, process: &Process, layout: Layout) -> Result<()>
     let mut batch = Batch::new(layout.arena);
     for (which, timer) in process.itimers.iter().enumerate().filter(|(_, t)| t.value != 0) {
         let parts = |us: u64| [us / 1_000_000, us % 1_000_000];
-        let bytes: Vec<u8> =
-            [parts(timer.interval), parts(timer.value)].concat().iter().flat_map(|w| w.to_ne_bytes()).collect();
+        let bytes: Vec<u8> = [parts(timer.interval), parts(timer.value)]
+            .concat()
+            .iter()
+            .flat_map(|w| w.to_ne_bytes())
+            .collect();
         let at = batch.bytes(&bytes);
         batch.call("setitimer", libc::SYS_setitimer, &[which as u64, at, 0]);
     }
-    let restore_ids = (!process.timers.is_empty()).then(|| {
-        batch.call("timer ids (on)", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0])
-    });
+    let restore_ids = (!process.timers.is_empty())
+        .then(|| batch.call("timer ids (on)", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0]));
     let done = leader.run(batch, false)?;
     let exact = restore_ids.is_some_and(|call| done.raw(call) == 0);
     let mut next = 0;

@@ -72,8 +72,9 @@ fn adopt(pid: i32) -> Result<Stopped> {
 /// Forks and empties the first stub. `above` is the highest descriptor number of the job.
 pub(super) fn grow(layout: Layout, namespace: bool, above: i32) -> Result<Seed> {
     let us = pidfd::open(std::process::id() as i32).context("opening a pidfd of our own")?;
-    let number = fcntl(&us, FcntlArg::F_DUPFD(above + 1))
-        .with_context(|| format!("placing a descriptor above {above}, the highest of the job (limit on open files?)"))?;
+    let number = fcntl(&us, FcntlArg::F_DUPFD(above + 1)).with_context(|| {
+        format!("placing a descriptor above {above}, the highest of the job (limit on open files?)")
+    })?;
     let restorer = crate::sys::unix_socket::own(number);
     let flags = if namespace { (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64 } else { 0 };
     let pid = clone::spawn_pausing(flags).context("forking the first stub (clone3)")?;
@@ -85,7 +86,8 @@ pub(super) fn grow(layout: Layout, namespace: bool, above: i32) -> Result<Seed> 
         }
     };
     let maps = proc::maps(pid).context("reading the stub's mappings")?;
-    let pieces = Finder::default().find(pid, &maps).context("this kernel gives no vdso: nothing can be injected")?;
+    let pieces =
+        Finder::default().find(pid, &maps).context("this kernel gives no vdso: nothing can be injected")?;
     map_arena(&mut first, &pieces, layout)?;
     let (mut stub, init) = if namespace {
         remount_proc(&mut first, layout)?;
@@ -93,7 +95,8 @@ pub(super) fn grow(layout: Layout, namespace: bool, above: i32) -> Result<Seed> 
     } else {
         (first, None)
     };
-    let mut inheritance = Inheritance { layout, parked: Vec::new(), restorer: restorer.as_raw_fd(), vdso: Vec::new() };
+    let mut inheritance =
+        Inheritance { layout, parked: Vec::new(), restorer: restorer.as_raw_fd(), vdso: Vec::new() };
     empty(&mut stub, &maps, &mut inheritance).context("emptying the first stub")?;
     Ok(Seed { stub, init, inheritance })
 }
@@ -150,7 +153,12 @@ fn empty(stub: &mut Stopped, maps: &proc::Maps, inheritance: &mut Inheritance) -
 }
 
 /// Clones a process from a stub: its child, or with `CLONE_PARENT` in `flags` its sibling.
-pub(super) fn clone_process(stub: &mut Stopped, layout: Layout, pid: Option<i32>, flags: u64) -> Result<Stopped> {
+pub(super) fn clone_process(
+    stub: &mut Stopped,
+    layout: Layout,
+    pid: Option<i32>,
+    flags: u64,
+) -> Result<Stopped> {
     let exit_signal = if flags & libc::CLONE_PARENT as u64 == 0 { libc::SIGCHLD as u64 } else { 0 };
     let args = clone::CloneArgs { flags, exit_signal, ..Default::default() };
     let tid = clone(stub, layout, pid, args)?;

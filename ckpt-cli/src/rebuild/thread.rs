@@ -77,7 +77,11 @@ fn credentials(batch: &mut Batch, creds: &Credentials) {
     let [real, effective, saved, filesystem] = creds.uids;
     batch.call("setresuid", libc::SYS_setresuid, &[id(real), id(effective), id(saved)]);
     batch.call("setfsuid", libc::SYS_setfsuid, &[id(filesystem)]);
-    batch.call("clearing ambient capabilities", libc::SYS_prctl, &[PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0]);
+    batch.call(
+        "clearing ambient capabilities",
+        libc::SYS_prctl,
+        &[PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0],
+    );
     batch.call("securebits", libc::SYS_prctl, &[PR_SET_SECUREBITS, id(creds.securebits)]);
     let header = batch.bytes(&[CAPABILITY_VERSION_3.to_ne_bytes(), [0; 4]].concat());
     let [inheritable, permitted, effective, _, ambient] = creds.caps;
@@ -127,7 +131,8 @@ pub(super) fn queue(stopped: &mut Stopped, pending: &[SigInfo], shared: bool, la
 /// Registers, FPU state and signal mask with which the thread goes on.
 pub(super) fn finish(stopped: &mut Stopped, thread: &Thread) -> Result<()> {
     let regs = ptrace::regs_from_bytes(&thread.regs).context("the image's registers have another size")?;
-    ptrace::set_xstate(stopped.tid, &thread.xstate).map_err(TraceeError::request("setting the FPU state", stopped.tid))?;
+    ptrace::set_xstate(stopped.tid, &thread.xstate)
+        .map_err(TraceeError::request("setting the FPU state", stopped.tid))?;
     stopped.set_regs(regs);
     stopped.set_sigmask(thread.sigmask);
     Ok(())

@@ -58,7 +58,8 @@ impl Tree {
             }
             let leader = stub.leader()?;
             let maps = proc::maps(leader.pid).context("reading the mappings")?;
-            let pieces = Finder::default().find(leader.pid, &maps).context("the rebuilt process has no vdso")?;
+            let pieces =
+                Finder::default().find(leader.pid, &maps).context("the rebuilt process has no vdso")?;
             leader.unmap_arena(&pieces, None, arena).context("removing the arena")?;
         }
         let mut roots = Vec::new();
@@ -70,7 +71,8 @@ impl Tree {
             }
             if process.stopped {
                 let pidfd = pidfd::open(pid).context("opening a pidfd")?;
-                pidfd::send_signal(pidfd.as_fd(), libc::SIGSTOP).context("stopping a process that was stopped")?;
+                pidfd::send_signal(pidfd.as_fd(), libc::SIGSTOP)
+                    .context("stopping a process that was stopped")?;
             }
             for thread in stub.threads {
                 thread.release()?;

@@ -29,7 +29,10 @@ fn same(space: &AddressSpace, inheritance: &Inheritance) -> bool {
     let old = kernel_mappings(space);
     space.vdso == inheritance.vdso
         && old.len() == inheritance.parked.len()
-        && old.iter().zip(&inheritance.parked).all(|((name, m), p)| *name == p.name && m.end - m.start == p.size)
+        && old
+            .iter()
+            .zip(&inheritance.parked)
+            .all(|((name, m), p)| *name == p.name && m.end - m.start == p.size)
         && std::env::var_os("CKPT_FAULT_OTHER_VDSO").is_none()
 }
 
@@ -59,7 +62,10 @@ pub(super) fn rebuild(leader: &mut Stopped, space: &AddressSpace, inheritance: &
     let old = kernel_mappings(space).into_iter().find(|(name, _)| *name == "[vdso]");
     let (_, old) = old.context("the image has no vdso")?;
     let code = redirected(&space.vdso, &inheritance.vdso, vdso)?;
-    let mem = File::options().write(true).open(format!("/proc/{}/mem", leader.pid)).context("opening the stub's memory")?;
+    let mem = File::options()
+        .write(true)
+        .open(format!("/proc/{}/mem", leader.pid))
+        .context("opening the stub's memory")?;
     mem.write_all_at(&code, old.start).context("writing the old vdso")
 }
 

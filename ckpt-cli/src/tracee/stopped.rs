@@ -271,7 +271,8 @@ impl Stopped {
         let mut regs = self.regs;
         (regs.rip, regs.rbx, regs.r12, regs.orig_rax) = (arena.base, table, count, u64::MAX);
         ptrace::set_regs(self.tid, &regs).map_err(TraceeError::request("setting registers", self.tid))?;
-        ptrace::set_sigmask(self.tid, 0).map_err(TraceeError::request("setting the signal mask", self.tid))?;
+        ptrace::set_sigmask(self.tid, 0)
+            .map_err(TraceeError::request("setting the signal mask", self.tid))?;
         let mut deliver = 0;
         loop {
             ptrace::cont(self.tid, deliver).map_err(TraceeError::request("resuming", self.tid))?;
