@@ -5,7 +5,9 @@
 
 use crate::store::{PartReader, PartWriter};
 use anyhow::Result;
-use ckpt_common::wire::{ConnectTask, CutReport, DumpOptions, PlanReport, RestoreOptions, RestoreReport};
+use ckpt_common::wire::{
+    ConnectTask, Connection, CutReport, DumpOptions, PlanReport, RestoreOptions, RestoreReport,
+};
 
 /// Makes sessions.
 pub trait Engine {
@@ -37,6 +39,8 @@ pub trait DumpSession {
     fn arm(&mut self) -> Result<()>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
+    /// Takes what TCP connections have received, when every node has cut. Gives their positions.
+    fn settle(&mut self) -> Result<Vec<Connection>>;
     /// Lets the job run on; its state stays.
     fn thaw(&mut self) -> Result<()>;
     /// Writes everything to the part.
@@ -48,10 +52,10 @@ pub trait DumpSession {
 /// One restore on one node. Dropped before [`RestoreSession::release`] has succeeded, it removes
 /// what it has built.
 pub trait RestoreSession {
-    /// Builds processes, objects and memory. Nothing of it runs.
-    fn build(&mut self) -> Result<()>;
-    /// Connects what has its other end on another node, too. Nothing of it runs.
-    fn connect(&mut self, task: &ConnectTask) -> Result<()>;
+    /// Builds processes, objects and memory; connections are silent. Nothing of it runs.
+    fn build(&mut self, task: &ConnectTask) -> Result<()>;
+    /// Lets connections speak, when every node has built. Nothing of it runs.
+    fn connect(&mut self) -> Result<()>;
     /// Lets everything run. Gives the PIDs as this node sees them.
     fn release(self: Box<Self>) -> Result<Vec<i32>>;
 }

@@ -24,7 +24,7 @@ use std::{path::PathBuf, sync::atomic::AtomicBool};
 
 /// Checkpoint and restore running distributed jobs from the outside
 #[derive(Debug, Parser)]
-#[command(version, about, propagate_version = true, disable_help_subcommand = true)]
+#[command(name = "ckpt", version, about, disable_help_subcommand = true, next_display_order = None)]
 #[command(after_help = "Exit codes: 0 done; 1 failed; 2 usage; 3 done, with parts left out as allowed; \
     4 cannot be checkpointed; 5 kernel or privilege lacking; 10 no store; 11 locked; 12 damaged; \
     130 interrupted.")]
@@ -37,9 +37,17 @@ pub struct Cli {
 
 /// Options of every command.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Everywhere")]
 struct Global {
     /// Directory of the checkpoints, the same on every node
-    #[arg(long, global = true, env = "CKPT_STORE", value_name = "DIR", default_value = "/var/lib/ckpt")]
+    #[arg(
+        long,
+        global = true,
+        env = "CKPT_STORE",
+        hide_env_values = true,
+        value_name = "DIR",
+        default_value = "/var/lib/ckpt"
+    )]
     store: PathBuf,
     /// Print one JSON document
     #[arg(long, global = true)]

@@ -116,9 +116,14 @@ impl Failed {
             1 => "one thing blocks it".to_owned(),
             count => format!("{count} things block it"),
         };
-        let mut failed = Self::new(ExitCode::Blocked, format!("cannot {what}: {things}"));
         let several_nodes = blockers.iter().any(|(node, _)| *node != blockers[0].0);
         let several = several_nodes || blockers.iter().any(|(_, item)| item.pid != blockers[0].1.pid);
+        let named = blockers.first().filter(|(_, item)| !several && item.pid != 0);
+        let whose = named.map_or(String::new(), |(_, item)| match what.ends_with(&item.pid.to_string()) {
+            true => format!(" ({})", item.process),
+            false => format!(" (because of process {}, {})", item.pid, item.process),
+        });
+        let mut failed = Self::new(ExitCode::Blocked, format!("cannot {what}{whose}: {things}"));
         let heads: Vec<_> = blockers
             .iter()
             .map(|(node, blocker)| {

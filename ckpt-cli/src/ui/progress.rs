@@ -33,6 +33,7 @@ impl Observer for Progress {
             Phase::Plan => "looking at the job",
             Phase::Arm => "getting ready",
             Phase::Cut => "freezing the job",
+            Phase::Settle => "taking what connections have received",
             Phase::Run => "letting the job run on",
             Phase::Save => "saving",
             Phase::Commit => "committing",

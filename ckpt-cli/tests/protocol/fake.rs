@@ -14,6 +14,7 @@ use ckpt_common::{
         MemoryId, PAGE_SIZE,
         file::{FileId, OpenFile},
         manifest::ProcessSummary,
+        tcp,
     },
     wire::{
         Blocker, ConnectTask, Connection, CutReport, DumpOptions, FailureClass, PlanReport, Position,
@@ -86,7 +87,22 @@ impl Engine for FakeEngine {
         _: &RestoreOptions,
     ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
         assert_eq!(part.read::<OpenFile>()?.len(), 1);
-        Ok((Box::new(FakeRestore(self.clone())), RestoreReport::default()))
+        let positions = self.connections()?.iter().map(tcp_position).collect();
+        Ok((Box::new(FakeRestore(self.clone())), RestoreReport { positions, ..Default::default() }))
+    }
+}
+
+fn tcp_position(connection: &Connection) -> tcp::Position {
+    let position = connection.position.expect("every line has one");
+    tcp::Position {
+        local: connection.local.into(),
+        peer: connection.remote.into(),
+        send_start: position.acknowledged,
+        send_end: position.written,
+        receive_next: position.received,
+        window_end: position.received,
+        finished: false,
+        peer_finished: false,
     }
 }
 
@@ -106,8 +122,11 @@ impl DumpSession for FakeDump {
             let message = "a connection is not accepted yet; in a moment it may be".to_owned();
             return Err(Classified { message, hint: None, class: FailureClass::Transient }.into());
         }
-        let (processes, connections) = (self.0.processes(), self.0.connections()?);
-        Ok(CutReport { us: 1, processes, connections, bytes: PAGE_SIZE as u64 })
+        Ok(CutReport { us: 1, processes: self.0.processes(), bytes: PAGE_SIZE as u64 })
+    }
+
+    fn settle(&mut self) -> Result<Vec<Connection>> {
+        self.0.connections()
     }
 
     fn thaw(&mut self) -> Result<()> {
@@ -141,15 +160,14 @@ impl Drop for FakeDump {
 struct FakeRestore(FakeEngine);
 
 impl RestoreSession for FakeRestore {
-    fn build(&mut self) -> Result<()> {
+    fn build(&mut self, task: &ConnectTask) -> Result<()> {
+        let line = |peer: &tcp::Position| format!("{} {} {}\n", peer.peer, peer.local, peer.receive_next);
+        self.0.put("peers", &task.peers.iter().map(line).collect::<String>())?;
         self.0.put("built", &std::process::id().to_string())
     }
 
-    fn connect(&mut self, task: &ConnectTask) -> Result<()> {
-        let line = |peer: &ckpt_common::wire::PeerPosition| {
-            format!("{} {} {}\n", peer.local, peer.remote, peer.received)
-        };
-        self.0.put("peers", &task.peers.iter().map(line).collect::<String>())
+    fn connect(&mut self) -> Result<()> {
+        Ok(())
     }
 
     fn release(self: Box<Self>) -> Result<Vec<i32>> {

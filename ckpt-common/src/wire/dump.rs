@@ -119,8 +119,6 @@ pub struct CutReport {
     pub us: u64,
     /// The job's processes at the cut.
     pub processes: Vec<ProcessSummary>,
-    /// TCP connections with their positions.
-    pub connections: Vec<Connection>,
     /// Bytes of memory taken.
     pub bytes: u64,
 }

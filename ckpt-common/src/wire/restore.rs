@@ -2,8 +2,9 @@
 
 use super::Blocker;
 use crate::image::manifest::{NodeAddress, PartRef};
+use crate::image::tcp::Position;
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 /// What a restore is to do on one node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +61,8 @@ pub struct RestoreReport {
     pub blockers: Vec<Blocker>,
     /// The node's addresses, without those of loopback interfaces.
     pub addresses: Vec<NodeAddress>,
+    /// Where the part's TCP connections stand.
+    pub positions: Vec<Position>,
 }
 
 /// How the job's connections find each other again.
@@ -67,17 +70,6 @@ pub struct RestoreReport {
 pub struct ConnectTask {
     /// For each address of a node at the dump, the address of the node that takes its place.
     pub addresses: Vec<(IpAddr, IpAddr)>,
-    /// For each end, on this node, of a connection inside the job: what the other end has.
-    pub peers: Vec<PeerPosition>,
-}
-
-/// What the other end of a connection had received at the cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerPosition {
-    /// Own address, as at the dump.
-    pub local: SocketAddr,
-    /// The other end's address, as at the dump.
-    pub remote: SocketAddr,
-    /// First byte that the other end has not received.
-    pub received: u32,
+    /// For each end, on this node, of a connection inside the job: where the other end stands.
+    pub peers: Vec<Position>,
 }

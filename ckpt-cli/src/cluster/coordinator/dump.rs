@@ -12,7 +12,9 @@ use crate::{
 };
 use ckpt_common::{
     image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
-    wire::{Blocker, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector},
+    wire::{
+        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector,
+    },
 };
 use std::{
     cell::RefCell,
@@ -131,7 +133,13 @@ impl Run<'_> {
             _ => None,
         };
         let cuts = self.phase(Phase::Cut, || ask_all(links, self.context, |_| Request::Cut, take))?;
-        let channels = self.channels(links, &plans, &cuts)?;
+        let take = |response| match response {
+            Response::Settled(connections) => Some(connections),
+            _ => None,
+        };
+        let settle = || ask_all(links, self.context, |_| Request::Settle, take);
+        let connections = self.phase(Phase::Settle, settle)?;
+        let channels = self.channels(links, &plans, &cuts, connections)?;
         if !stop {
             self.phase(Phase::Run, || ask_all(links, self.context, |_| Request::Run, done))?;
         }
@@ -231,14 +239,20 @@ impl Run<'_> {
     }
 
     /// The channel table, if no byte was lost and no connection has appeared since the plan.
-    fn channels(&self, links: &[Link], plans: &[PlanReport], cuts: &[CutReport]) -> Result<Vec<Channel>> {
-        let view = |(plan, cut): (&'_ PlanReport, &'_ CutReport)| PlanReport {
+    fn channels(
+        &self,
+        links: &[Link],
+        plans: &[PlanReport],
+        cuts: &[CutReport],
+        connections: Vec<Vec<Connection>>,
+    ) -> Result<Vec<Channel>> {
+        let view = |((plan, cut), connections): ((&PlanReport, &CutReport), _)| PlanReport {
             processes: cut.processes.clone(),
-            connections: cut.connections.clone(),
+            connections,
             addresses: plan.addresses.clone(),
             ..Default::default()
         };
-        let reports: Vec<_> = plans.iter().zip(cuts).map(view).collect();
+        let reports: Vec<_> = plans.iter().zip(cuts).zip(connections).map(view).collect();
         let (far, near) = outside(links, &reports);
         let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
         if let Some((node, blocker)) = unexpected {

@@ -8,9 +8,9 @@ use crate::{
 };
 use ckpt_common::{
     image::manifest::{Checkpoint, Manifest, NodePart, PhaseTime},
+    image::tcp::Position,
     wire::{
-        ConnectTask, PeerPosition, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport,
-        RestoreTask, Stdio,
+        ConnectTask, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport, RestoreTask, Stdio,
     },
 };
 use std::{
@@ -122,10 +122,10 @@ impl Run<'_> {
     fn phases(&self, links: &[Link]) -> Result<(Vec<Vec<i32>>, Vec<PathBuf>)> {
         let logs = self.logs()?;
         let reports = self.phase(Phase::Plan, || self.plan(links, &logs))?;
-        self.phase(Phase::Build, || ask_all(links, self.context, |_| Request::Build, done))?;
         let tasks = connect_tasks(&self.checkpoint.manifest, &reports);
-        let request = |node: usize| Request::Connect(tasks[node].clone());
-        self.phase(Phase::Connect, || ask_all(links, self.context, request, done))?;
+        let request = |node: usize| Request::Build(tasks[node].clone());
+        self.phase(Phase::Build, || ask_all(links, self.context, request, done))?;
+        self.phase(Phase::Connect, || ask_all(links, self.context, |_| Request::Connect, done))?;
         let take = |response| match response {
             Response::Released(pids) => Some(pids),
             _ => None,
@@ -176,25 +176,22 @@ impl Run<'_> {
     }
 }
 
-/// What each node must know of the others: the address map, the same for all, and what the other
-/// end of each of its connections has received.
+/// What each node must know of the others: the address map, the same for all, and where the other
+/// end of each of its connections stands. Loopback connections have both ends on one node; others
+/// are looked for on all.
 fn connect_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<ConnectTask> {
     let pairs =
         |(node, report): (&NodePart, &RestoreReport)| addresses::map(&node.addresses, &report.addresses);
     let addresses: Vec<_> = manifest.nodes.iter().zip(reports).flat_map(pairs).collect();
-    let peers = |node: usize| {
-        let mut peers = Vec::new();
-        for channel in &manifest.channels {
-            for (own, other) in [(0, 1), (1, 0)] {
-                let (own, other) = (&channel.ends[own], &channel.ends[other]);
-                if own.node as usize == node {
-                    let (local, remote, received) = (own.local, own.remote, other.received);
-                    peers.push(PeerPosition { local, remote, received });
-                }
-            }
-        }
-        peers
+    let peers = |report: &RestoreReport| {
+        let own = |end: &Position| {
+            let all: Vec<&Position> = match end.local.ip.is_loopback() {
+                true => report.positions.iter().collect(),
+                false => reports.iter().flat_map(|report| &report.positions).collect(),
+            };
+            all.into_iter().find(|other| other.local == end.peer && other.peer == end.local).copied()
+        };
+        report.positions.iter().filter_map(own).collect()
     };
-    let task = |node| ConnectTask { addresses: addresses.clone(), peers: peers(node) };
-    (0..manifest.nodes.len()).map(task).collect()
+    reports.iter().map(|report| ConnectTask { addresses: addresses.clone(), peers: peers(report) }).collect()
 }
