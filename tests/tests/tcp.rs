@@ -501,3 +501,56 @@ fn unconnected_sockets_come_back() -> Result<()> {
     assert_eq!(again.local.map(|local| local.ip), Some(moved.node(3).ip4.into()));
     Ok(())
 }
+
+/// Not a test of its own: the process that [`a_killed_capture_leaves_no_socket_in_repair_mode`] kills.
+#[test]
+fn capturer() -> Result<()> {
+    let Ok(fds) = std::env::var("CKPT_TEST_CAPTURE") else { return Ok(()) };
+    let parent = ckpt_cli::sys::pidfd::open(nix::unistd::getppid().as_raw())?;
+    let take =
+        |fd: &str| -> Result<OwnedFd> { Ok(ckpt_cli::sys::pidfd::getfd(parent.as_fd(), fd.parse()?)?) };
+    let sockets: Vec<OwnedFd> = fds.split(',').map(take).collect::<Result<_>>()?;
+    let guard = tcp::Guard::watch(sockets.iter().map(OwnedFd::as_fd))?;
+    for socket in &sockets {
+        tcp::silence(socket.as_fd())?;
+    }
+    writeln!(std::io::stdout(), "\nin repair mode")?;
+    sleep(Duration::from_secs(60));
+    guard.dismiss()
+}
+
+#[test]
+fn a_killed_capture_leaves_no_socket_in_repair_mode() -> Result<()> {
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::AsRawFd;
+    let moved = Moved::new()?;
+    let (one, two) = moved.connection(moved.node(2).ip4.into())?;
+    let reuse =
+        |stream: &TcpStream| nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::ReuseAddr);
+    assert_eq!((reuse(&one)?, reuse(&two)?), (false, true));
+    let mut capturer = std::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", "capturer", "--nocapture"])
+        .env("CKPT_TEST_CAPTURE", format!("{},{}", one.as_raw_fd(), two.as_raw_fd()))
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let lines = BufReader::new(capturer.stdout.take().context("output")?).lines();
+    let ready = lines.map_while(Result::ok).any(|line| line == "in repair mode");
+    let (mut one, mut two) = ends(one, two, 3);
+    let broken = one.write(10);
+    capturer.kill()?;
+    capturer.wait()?;
+    ensure!(ready && broken.is_err(), "not in repair mode");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while one.write(10).is_err() || two.write(10).is_err() {
+        ensure!(Instant::now() < deadline, "still in repair mode");
+        sleep(Duration::from_millis(1));
+    }
+    check_both(&mut one, &mut two)?;
+    assert_eq!((reuse(&one.stream)?, reuse(&two.stream)?), (false, true));
+
+    // Dismissed, the guard changes nothing.
+    let start = Instant::now();
+    tcp::Guard::watch([one.stream.as_fd(), two.stream.as_fd()])?.dismiss()?;
+    println!("a guard came and went in {:?}", start.elapsed());
+    check_both(&mut one, &mut two)
+}

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-const TCP_REPAIR: i32 = 19;
+pub(super) const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
 const TCP_QUEUE_SEQ: i32 = 21;
 const TCP_REPAIR_OPTIONS: i32 = 22;
@@ -20,7 +20,7 @@ const TCP_TIMESTAMP: i32 = 24;
 const TCP_REPAIR_WINDOW: i32 = 29;
 /// Values of `TCP_REPAIR`. Turning it off with 0 would send a window probe.
 const ON: i32 = 1;
-const OFF_WITHOUT_PROBE: i32 = -1;
+pub(super) const OFF_WITHOUT_PROBE: i32 = -1;
 /// Kinds of TCP options, as in the header of a SYN.
 const OPTION_MAX_SEGMENT: u32 = 2;
 const OPTION_WINDOW_SCALE: u32 = 3;
