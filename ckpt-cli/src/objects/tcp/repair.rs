@@ -104,7 +104,7 @@ impl<'a> Repair<'a> {
         socket::set(self.fd, SOL_SOCKET, libc::SO_REUSEADDR, &self.reuse_address)
     }
 
-    pub(super) fn select(&self, queue: Queue) -> Result<()> {
+    fn select(&self, queue: Queue) -> Result<()> {
         socket::set(self.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &(queue as i32)).context("select a TCP queue")
     }
 
@@ -119,17 +119,23 @@ impl<'a> Repair<'a> {
     pub(super) fn set_start(&self, queue: Queue, sequence: u32) -> Result<()> {
         self.select(queue)?;
         socket::set(self.fd, IPPROTO_TCP, TCP_QUEUE_SEQ, &sequence)
-            .with_context(|| format!("set the sequence number of queue {queue:?}"))
+            .with_context(|| format!("set the sequence number of queue {queue:?}"))?;
+        self.select(Queue::None)
     }
 
     /// Content of a queue: up to `length` bytes.
+    ///
+    /// While the send queue is selected, what the kernel would send counts as sent and is not
+    /// (tcp_write_xmit): no longer than needed, or it is on its way only after a loss probe.
     pub(super) fn peek(&self, queue: Queue, length: usize) -> Result<Vec<u8>> {
         if length == 0 {
             return Ok(Vec::new());
         }
         self.select(queue)?;
         let mut data = vec![0; length];
-        let got = match recv(self.fd.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        let got = recv(self.fd.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        self.select(Queue::None)?;
+        let got = match got {
             Ok(got) => got,
             Err(nix::errno::Errno::EAGAIN) => 0,
             Err(error) => return Err(error).with_context(|| format!("read TCP queue {queue:?}")),
