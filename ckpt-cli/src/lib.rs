@@ -6,6 +6,7 @@ pub mod commands;
 pub mod doctor;
 pub mod job;
 pub mod memory;
+pub mod network;
 pub mod objects;
 pub mod rebuild;
 pub mod store;

@@ -1,1 +1,4 @@
 //! What the tests share: the test cluster and the workloads.
+
+pub mod cluster;
+pub mod stream;

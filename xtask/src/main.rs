@@ -1,3 +1,67 @@
 //! `cargo xtask <task>`: everything a person does to the repository.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command for people, not a library")]
 
-fn main() {}
+mod check;
+mod cluster;
+mod command;
+mod ebpf;
+mod setup;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about = "Everything a person does to the repository")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that tests and demo need (the other tasks call this)
+    Setup,
+    /// Formatting and clippy, warnings as errors
+    Lint,
+    /// All tests: lint, unit tests, kernel programs, tests as root (through sudo)
+    Test {
+        /// Only what needs no root
+        #[arg(long)]
+        fast: bool,
+    },
+    /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
+    Cluster {
+        /// What to do
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Build the programs of the kernel and record the object under ckpt-ebpf/prebuilt
+    BuildEbpf {
+        /// Compare with the recorded object instead of writing it
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Setup => setup::packages(),
+        Task::Lint => check::lint(),
+        Task::Test { fast } => check::test(fast),
+        Task::Cluster { arguments } => cluster::pass_on(&arguments),
+        Task::BuildEbpf { check } => ebpf::build(check),
+    };
+    finish(result)
+}
+
+fn finish(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -6,9 +6,12 @@
 
 pub mod anonymous;
 pub mod epoll;
+pub mod inet;
 pub mod memory_file;
 pub mod path_file;
 pub mod pipe;
+pub mod tcp;
+pub mod udp;
 pub mod unix;
 
 use anyhow::{Context as _, Result};

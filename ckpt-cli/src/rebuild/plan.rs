@@ -2,12 +2,17 @@
 
 use super::{Options, Pids};
 use crate::objects::{self, path_file};
+use crate::tracee::proc;
 use anyhow::Result;
 use ckpt_common::image::Kind;
 use ckpt_common::image::file::OpenFile;
 use ckpt_common::image::objects::{FileRestore, PathFile};
 use ckpt_common::image::process::Process;
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// How long zombies with a PID of the job are waited for.
+const REAPING: Duration = Duration::from_secs(5);
 
 /// Something that must be put right before the restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,11 +26,7 @@ pub struct Obstacle {
 }
 
 /// Lists the obstacles, and decides whether the job gets a PID namespace of its own.
-pub(super) fn plan(
-    processes: &[Process],
-    files: &[OpenFile],
-    options: &Options,
-) -> Result<(Vec<Obstacle>, bool)> {
+pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options) -> Result<(Vec<Obstacle>, bool)> {
     let mut obstacles = Vec::new();
     let namespace = match options.pids {
         Pids::Namespace => true,
@@ -50,9 +51,7 @@ pub(super) fn plan(
             obstacles.push(Obstacle {
                 pid: Some(process.pid),
                 what: "CPU".into(),
-                reason: format!(
-                    "the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"
-                ),
+                reason: format!("the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"),
             });
         }
         for (what, path) in [("working directory", &process.cwd), ("root directory", &process.root)] {
@@ -67,11 +66,8 @@ pub(super) fn plan(
         paths.push(objects::decode::<PathFile>(file.version, &file.payload)?);
     }
     // What one description rewrites, another may read.
-    let rewritten: HashSet<u64> = paths
-        .iter()
-        .filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length))
-        .map(|f| f.inode)
-        .collect();
+    let rewritten: HashSet<u64> =
+        paths.iter().filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length)).map(|f| f.inode).collect();
     let mut seen = HashSet::new();
     for file in &paths {
         if file.restore == FileRestore::Unchanged && rewritten.contains(&file.inode) {
@@ -90,11 +86,19 @@ pub(super) fn plan(
 fn taken(processes: &[Process]) -> Vec<i32> {
     let wanted = processes.iter().filter(|p| p.zombie.is_none() || p.ppid != 0);
     let wanted = wanted.flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid]));
-    let mut taken: Vec<i32> =
-        wanted.filter(|tid| std::path::Path::new(&format!("/proc/{tid}")).exists()).collect();
-    taken.sort_unstable();
-    taken.dedup();
-    taken
+    let mut wanted: Vec<i32> = wanted.collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    let start = Instant::now();
+    loop {
+        let (dead, alive): (Vec<i32>, Vec<i32>) =
+            wanted.iter().copied().filter(|tid| proc::state(*tid).is_some()).partition(|tid| proc::state(*tid) == Some('Z'));
+        // A process that was just killed is there until its parent has seen it.
+        if dead.is_empty() || start.elapsed() > REAPING {
+            return [alive, dead].concat();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// XSTATE_BV of a saved area: the components that are not in their initial state.

@@ -91,7 +91,11 @@ pub(super) fn grow(layout: Layout, namespace: bool, above: i32) -> Result<Seed> 
     map_arena(&mut first, &pieces, layout)?;
     let (mut stub, init) = if namespace {
         remount_proc(&mut first, layout)?;
-        (clone_process(&mut first, layout, None, 0)?, Some(first))
+        let stub = clone_process(&mut first, layout, None, 0)?;
+        let mut batch = Batch::new(layout.arena);
+        batch.call("closing descriptors", libc::SYS_close_range, &[0, u64::from(u32::MAX), 0]);
+        first.run(batch, false)?.all_ok()?;
+        (stub, Some(first))
     } else {
         (first, None)
     };

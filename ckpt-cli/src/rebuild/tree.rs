@@ -78,11 +78,8 @@ impl Tree {
                 thread.release()?;
             }
         }
-        if let Some(mut init) = self.init.take() {
-            // Its pause(2) returns: from here on it reaps.
-            let mut regs = *init.regs();
-            (regs.rax, regs.orig_rax) = (-i64::from(libc::EINTR) as u64, u64::MAX);
-            init.set_regs(regs);
+        if let Some(init) = self.init.take() {
+            init.write(crate::sys::clone::reap_flag(), &[1])?;
             init.release()?;
         }
         Ok(roots)

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod socket;
 pub mod task;
 pub mod unix_socket;
 

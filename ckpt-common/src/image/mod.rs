@@ -18,6 +18,9 @@ pub mod unix;
 
 pub use digest::Digest;
 pub use error::FormatError;
+pub mod socket;
+pub mod tcp;
+pub mod udp;
 
 use serde::{Serialize, de::DeserializeOwned};
 
