@@ -1,7 +1,7 @@
 //! All open file descriptions of a part, made in our own table.
 
-use super::{Options, Stdio};
-use crate::objects::{self, RebuildContext, anonymous, epoll, memory_file, path_file, pipe, unix};
+use super::{Network, Options, Stdio};
+use crate::objects::{self, RebuildContext, anonymous, epoll, memory_file, path_file, pipe, tcp, udp, unix};
 use crate::store::{PartReader, RunData};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
@@ -9,6 +9,8 @@ use ckpt_common::image::objects::{
     Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, SignalFd, TimerFd,
 };
 use ckpt_common::image::process::Process;
+use ckpt_common::image::tcp::{TcpSocket, TcpState};
+use ckpt_common::image::udp::UdpSocket;
 use ckpt_common::image::unix::UnixSocket;
 use ckpt_common::image::{Kind, MemoryId, PAGE_SIZE};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -26,6 +28,7 @@ pub(super) struct Files {
     /// (description, pid, type, start, length)
     locks: Vec<(FileId, i32, i32, i64, i64)>,
     seals: Vec<(OwnedFd, i32)>,
+    connections: Vec<tcp::Rebuilt>,
 }
 
 impl Files {
@@ -35,15 +38,23 @@ impl Files {
         records: &[OpenFile],
         processes: &[Process],
         options: &Options,
+        network: &Network,
     ) -> Result<Self> {
-        let mut all =
-            Self { files: HashMap::new(), epolls: BTreeMap::new(), locks: Vec::new(), seals: Vec::new() };
+        let mut all = Self {
+            files: HashMap::new(),
+            epolls: BTreeMap::new(),
+            locks: Vec::new(),
+            seals: Vec::new(),
+            connections: Vec::new(),
+        };
         let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
         let mut context = RebuildContext { by_inode: HashMap::new(), files: HashMap::new(), fill: &mut fill };
         let sockets = unix::Rebuilder::new(of_kind::<UnixSocket>(records)?)?;
-        for record in records {
+        // Listening sockets before the connections that use their ports.
+        let (listening, others): (Vec<_>, Vec<_>) = records.iter().partition(|r| is_listening(r));
+        for record in listening.into_iter().chain(others) {
             let fd = all
-                .one(record, processes, options, &mut context, &sockets)
+                .one(record, processes, options, network, &mut context, &sockets)
                 .with_context(|| format!("rebuilding {} ({})", record.label, record.kind))?;
             status_flags(&fd, record).with_context(|| format!("setting the flags of {}", record.label))?;
             all.files.insert(record.id, fd);
@@ -57,6 +68,7 @@ impl Files {
         record: &OpenFile,
         processes: &[Process],
         options: &Options,
+        network: &Network,
         context: &mut RebuildContext<'_>,
         sockets: &unix::Rebuilder,
     ) -> Result<OwnedFd> {
@@ -87,6 +99,8 @@ impl Files {
                 epoll::rebuild()
             }
             UnixSocket::KIND => sockets.get(objects::decode::<UnixSocket>(version, payload)?.inode),
+            UdpSocket::KIND => udp::rebuild(&objects::decode(version, payload)?, &network.addresses),
+            TcpSocket::KIND => self.connection(objects::decode(version, payload)?, network),
             Outside::KIND => {
                 outside(record, objects::decode::<Outside>(version, payload)?.what, processes, options)
             }
@@ -94,6 +108,31 @@ impl Files {
                 "this image has an open file of kind {other}, which this ckpt does not know: use a newer ckpt"
             ),
         }
+    }
+
+    fn connection(&mut self, socket: TcpSocket, network: &Network) -> Result<OwnedFd> {
+        let own = socket.position();
+        let peer = own.and_then(|own| network.peer(&own));
+        let rebuilt = match (&own, peer) {
+            (Some(own), None) if own.peer_finished => {
+                // Its other end was closed: a stand-in says so again, where that end is now.
+                if let Some(stand_in) = socket.closed_peer().filter(|s| network.is_here(s)) {
+                    let rebuilt = tcp::rebuild(&stand_in, &network.addresses, Some(own))?;
+                    self.connections.push(rebuilt);
+                }
+                tcp::rebuild(&socket, &network.addresses, None)?
+            }
+            (Some(_), None) => tcp::rebuild(&socket.broken(), &network.addresses, None)?,
+            (_, peer) => tcp::rebuild(&socket, &network.addresses, peer)?,
+        };
+        let fd = rebuilt.fd().try_clone_to_owned()?;
+        self.connections.push(rebuilt);
+        Ok(fd)
+    }
+
+    /// Lets the connections speak: every end exists, on all nodes.
+    pub(super) fn connect(&mut self) -> Result<()> {
+        std::mem::take(&mut self.connections).into_iter().try_for_each(tcp::Rebuilt::connect)
     }
 
     /// The number of a description in our table.
@@ -127,7 +166,7 @@ impl Files {
     }
 
     /// What can be done only when everything else is done.
-    pub(super) fn finish(self) -> Result<()> {
+    pub(super) fn seal(&self) -> Result<()> {
         if let Some((id, _)) =
             self.epolls.iter().find(|(_, (targets, done))| !done.get() && !targets.is_empty())
         {
@@ -139,6 +178,12 @@ impl Files {
         }
         Ok(())
     }
+}
+
+fn is_listening(record: &OpenFile) -> bool {
+    record.kind == TcpSocket::KIND
+        && objects::decode::<TcpSocket>(record.version, &record.payload)
+            .is_ok_and(|s| matches!(s.state, TcpState::Listening { .. }))
 }
 
 fn of_kind<K: Kind>(records: &[OpenFile]) -> Result<Vec<K>> {

@@ -16,10 +16,14 @@ mod thread;
 mod tree;
 mod vdso;
 
+use crate::network::addresses::AddressMap;
+use crate::objects;
 use crate::store::PartReader;
 use anyhow::{Context as _, Result};
+use ckpt_common::image::Kind;
 use ckpt_common::image::file::OpenFile;
 use ckpt_common::image::process::Process;
+use ckpt_common::image::tcp::{Position, TcpSocket};
 use std::path::PathBuf;
 
 pub use plan::Obstacle;
@@ -59,6 +63,29 @@ pub enum Stdio {
     Null,
 }
 
+/// What the other nodes have to do with this one's connections.
+#[derive(Clone, Debug, Default)]
+pub struct Network {
+    /// Where addresses of the checkpoint are now.
+    pub addresses: AddressMap,
+    /// Where the other ends of this node's connections stand.
+    pub peers: Vec<Position>,
+}
+
+impl Network {
+    /// Where the other end of a connection stands.
+    fn peer(&self, own: &Position) -> Option<&Position> {
+        self.peers.iter().find(|p| p.local == own.peer && p.peer == own.local)
+    }
+
+    /// Is the socket's address one of this node?
+    fn is_here(&self, socket: &TcpSocket) -> bool {
+        let Some(local) = socket.local else { return false };
+        let address = self.addresses.ip(local.canonical().ip);
+        std::net::UdpSocket::bind((address, 0)).is_ok()
+    }
+}
+
 /// One restore on one node. All calls must come from one thread: ptrace(2) knows its tracer by thread.
 pub struct Session {
     part: PartReader,
@@ -68,6 +95,7 @@ pub struct Session {
     obstacles: Vec<Obstacle>,
     namespace: bool,
     tree: Option<tree::Tree>,
+    built: Option<files::Files>,
 }
 
 impl Session {
@@ -76,7 +104,7 @@ impl Session {
         let processes: Vec<Process> = part.read().context("reading the processes")?;
         let files: Vec<OpenFile> = part.read().context("reading the open files")?;
         let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;
-        Ok(Self { part, options, processes, files, obstacles, namespace, tree: None })
+        Ok(Self { part, options, processes, files, obstacles, namespace, tree: None, built: None })
     }
 
     /// What [`Self::plan`] found in the way.
@@ -89,9 +117,16 @@ impl Session {
         &self.processes
     }
 
-    /// Makes everything. Nothing of the job runs yet.
-    pub fn build(&mut self) -> Result<()> {
-        let files = files::Files::rebuild(&self.part, &self.files, &self.processes, &self.options)?;
+    /// Where the connections of this part stand, for the nodes that have their other ends.
+    pub fn positions(&self) -> Result<Vec<Position>> {
+        let sockets = self.files.iter().filter(|f| f.kind == TcpSocket::KIND);
+        let sockets = sockets.map(|f| objects::decode::<TcpSocket>(f.version, &f.payload));
+        Ok(sockets.collect::<Result<Vec<_>>>()?.iter().filter_map(TcpSocket::position).collect())
+    }
+
+    /// Makes everything. Nothing of the job runs yet, and its connections do not speak.
+    pub fn build(&mut self, network: &Network) -> Result<()> {
+        let files = files::Files::rebuild(&self.part, &self.files, &self.processes, &self.options, network)?;
         let layout = layout::Layout::choose(&self.processes)?;
         // Kept from here on: what exists is killed when this session is dropped.
         let tree = self.tree.insert(tree::Tree::grow(&self.processes, layout, self.namespace)?);
@@ -100,7 +135,14 @@ impl Session {
             process::rebuild(stub, process, &files, &self.part, layout)
                 .with_context(|| format!("rebuilding process {} ({})", process.pid, process.exe))?;
         }
-        files.finish()
+        files.seal()?;
+        self.built = Some(files);
+        Ok(())
+    }
+
+    /// Lets the connections speak: every end exists, on all nodes.
+    pub fn connect(&mut self) -> Result<()> {
+        self.built.as_mut().context("nothing was built")?.connect().context("reconnecting")
     }
 
     /// Lets the job run. Returns the PIDs of the job's root processes as this node sees them.

@@ -26,7 +26,11 @@ pub struct Obstacle {
 }
 
 /// Lists the obstacles, and decides whether the job gets a PID namespace of its own.
-pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options) -> Result<(Vec<Obstacle>, bool)> {
+pub(super) fn plan(
+    processes: &[Process],
+    files: &[OpenFile],
+    options: &Options,
+) -> Result<(Vec<Obstacle>, bool)> {
     let mut obstacles = Vec::new();
     let namespace = match options.pids {
         Pids::Namespace => true,
@@ -51,7 +55,9 @@ pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options)
             obstacles.push(Obstacle {
                 pid: Some(process.pid),
                 what: "CPU".into(),
-                reason: format!("the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"),
+                reason: format!(
+                    "the process uses register sets that this CPU does not have (XCR0 bits {missing:#x})"
+                ),
             });
         }
         for (what, path) in [("working directory", &process.cwd), ("root directory", &process.root)] {
@@ -66,8 +72,11 @@ pub(super) fn plan(processes: &[Process], files: &[OpenFile], options: &Options)
         paths.push(objects::decode::<PathFile>(file.version, &file.payload)?);
     }
     // What one description rewrites, another may read.
-    let rewritten: HashSet<u64> =
-        paths.iter().filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length)).map(|f| f.inode).collect();
+    let rewritten: HashSet<u64> = paths
+        .iter()
+        .filter(|f| matches!(f.restore, FileRestore::Content(_) | FileRestore::Length))
+        .map(|f| f.inode)
+        .collect();
     let mut seen = HashSet::new();
     for file in &paths {
         if file.restore == FileRestore::Unchanged && rewritten.contains(&file.inode) {
@@ -91,8 +100,11 @@ fn taken(processes: &[Process]) -> Vec<i32> {
     wanted.dedup();
     let start = Instant::now();
     loop {
-        let (dead, alive): (Vec<i32>, Vec<i32>) =
-            wanted.iter().copied().filter(|tid| proc::state(*tid).is_some()).partition(|tid| proc::state(*tid) == Some('Z'));
+        let (dead, alive): (Vec<i32>, Vec<i32>) = wanted
+            .iter()
+            .copied()
+            .filter(|tid| proc::state(*tid).is_some())
+            .partition(|tid| proc::state(*tid) == Some('Z'));
         // A process that was just killed is there until its parent has seen it.
         if dead.is_empty() || start.elapsed() > REAPING {
             return [alive, dead].concat();
