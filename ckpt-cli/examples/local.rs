@@ -9,12 +9,19 @@ fn main() -> anyhow::Result<()> {
             let store = store::Store::create(dir)?;
             let pid: i32 = a[3].parse()?;
             let kill = a.get(4).is_some_and(|s| s == "stop");
-            let mut s = capture::Session::plan(&[pid], capture::Options { stop: kill, ..Default::default() })?;
-            for b in &s.found().blockers { eprintln!("blocker {b:?}"); }
+            let mut s =
+                capture::Session::plan(&[pid], capture::Options { stop: kill, ..Default::default() })?;
+            for b in &s.found().blockers {
+                eprintln!("blocker {b:?}");
+            }
             s.arm()?;
             let r = s.cut()?;
             eprintln!("{r:?}");
-            if !kill { s.thaw()?; }
+            let pos = s.settle()?;
+            std::fs::write(dir.join("pos.json"), serde_json::to_vec(&pos)?)?;
+            if !kill {
+                s.thaw()?;
+            }
             let mut part = store.part_writer(store::PartOptions::default())?;
             s.save(&mut part)?;
             let r = part.finish()?;
@@ -25,13 +32,32 @@ fn main() -> anyhow::Result<()> {
             let store = store::Store::open(dir)?;
             let r = serde_json::from_slice(&std::fs::read(dir.join("ref.json"))?)?;
             let part = store.open_part(&r)?;
-            let mut s = rebuild::Session::plan(part, rebuild::Options { stdio: rebuild::Stdio::Inherit, pids: if std::env::var_os("NS").is_some() { rebuild::Pids::Namespace } else { rebuild::Pids::Auto }, ..Default::default() })?;
-            for b in s.obstacles() { eprintln!("obstacle {b:?}"); }
+            let mut s = rebuild::Session::plan(
+                part,
+                rebuild::Options {
+                    stdio: rebuild::Stdio::Inherit,
+                    pids: if std::env::var_os("NS").is_some() {
+                        rebuild::Pids::Namespace
+                    } else {
+                        rebuild::Pids::Auto
+                    },
+                    ..Default::default()
+                },
+            )?;
+            for b in s.obstacles() {
+                eprintln!("obstacle {b:?}");
+            }
             let t = std::time::Instant::now();
-            s.build()?;
+            s.build(&rebuild::Network {
+                peers: serde_json::from_slice(&std::fs::read(dir.join("pos.json"))?)?,
+                ..Default::default()
+            })?;
+            s.connect()?;
             eprintln!("built {:?}", t.elapsed());
             eprintln!("released {:?}", s.release()?);
-            if std::env::var_os("NS").is_some() { eprintln!("{:?}", nix::sys::wait::wait()); }
+            if std::env::var_os("NS").is_some() {
+                eprintln!("{:?}", nix::sys::wait::wait());
+            }
         }
     }
     Ok(())

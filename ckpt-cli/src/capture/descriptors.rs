@@ -2,17 +2,58 @@
 
 use super::{Options, plan};
 use crate::memory::staging::Staging;
-use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, unix};
+use crate::network::hold::SocketCookie;
+use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
 use anyhow::{Context as _, Result, bail};
-use ckpt_common::image::MemoryId;
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
+use ckpt_common::image::tcp::{Position, TcpSocket};
+use ckpt_common::image::{Kind, MemoryId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+
+/// TCP sockets of which one half is captured: the receiving half follows when the sending halves of all nodes are.
+#[derive(Debug, Default)]
+pub(super) struct Halves(Vec<(OpenFile, OwnedFd, tcp::Half)>);
+
+impl Halves {
+    /// Captures what the sockets have received.
+    pub(super) fn receiving(self) -> Result<(Vec<OpenFile>, TcpSockets)> {
+        let (mut files, mut sockets) = (Vec::new(), Vec::new());
+        for (mut file, fd, half) in self.0 {
+            let socket = half.receiving(fd.as_fd()).with_context(|| file.label.clone())?;
+            file.payload = Captured::new(&socket)?.payload;
+            files.push(file);
+            sockets.push((fd, socket));
+        }
+        Ok((files, TcpSockets(sockets)))
+    }
+}
+
+/// Captured TCP sockets, kept until it is decided whether the job lives or dies.
+#[derive(Debug, Default)]
+pub(super) struct TcpSockets(Vec<(OwnedFd, TcpSocket)>);
+
+impl TcpSockets {
+    /// Where the connections stand.
+    pub(super) fn positions(&self) -> Vec<Position> {
+        self.0.iter().filter_map(|(_, socket)| socket.position()).collect()
+    }
+
+    /// Makes all sockets silent: when the job is killed, their peers do not notice.
+    pub(super) fn silence(&self) -> Result<()> {
+        self.0.iter().try_for_each(|(fd, _)| tcp::silence(fd.as_fd()))
+    }
+
+    /// Names of the sockets, for the traffic hold.
+    pub(super) fn cookies(&self) -> Result<Vec<SocketCookie>> {
+        self.0.iter().map(|(fd, _)| Ok(SocketCookie::of(fd)?)).collect()
+    }
+}
 
 /// A description found in a descriptor table.
 struct Found {
@@ -37,6 +78,7 @@ pub(super) struct Table<'a> {
     next: u32,
     pipes: HashSet<u64>,
     unix: unix::Peers,
+    halves: Halves,
 }
 
 impl<'a> Table<'a> {
@@ -61,6 +103,7 @@ impl<'a> Table<'a> {
             next: 0,
             pipes: HashSet::new(),
             unix: unix::Peers::default(),
+            halves: Halves::default(),
         };
         for process in frozen.processes.values().filter(|p| !p.threads.is_empty()) {
             table
@@ -118,19 +161,14 @@ impl<'a> Table<'a> {
         while !self.pending.is_empty() {
             for found in std::mem::take(&mut self.pending) {
                 let probe = &found.probe;
+                if probe.class() == Class::Socket && objects::socket_kind(probe)? == SocketKind::Tcp {
+                    self.half(found)?;
+                    continue;
+                }
                 let captured = self
                     .capture_one(probe, stdio.contains(&found.id))
                     .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
-                let owner = objects::owner(probe)?;
-                self.files.push(OpenFile {
-                    id: found.id,
-                    flags: probe.info.flags & !libc::O_CLOEXEC,
-                    owner,
-                    label: probe.link.clone(),
-                    kind: captured.kind.into(),
-                    version: captured.version,
-                    payload: captured.payload,
-                });
+                self.files.push(open_file(&found, captured)?);
                 if probe.pid == std::process::id() as i32 {
                     self.own.push(found.probe.file);
                 }
@@ -162,12 +200,22 @@ impl<'a> Table<'a> {
                     self.unix = peers;
                     captured
                 }
-                SocketKind::Tcp | SocketKind::Udp | SocketKind::Other => {
-                    bail!("this kind of socket is not supported")
-                }
+                SocketKind::Udp => Captured::new(&udp::capture(probe.file.as_fd())?),
+                SocketKind::Tcp | SocketKind::Other => bail!("this kind of socket is not supported"),
             },
             Class::Terminal | Class::Unknown => bail!("this kind of object is not supported"),
         }
+    }
+
+    /// Captures the sending half of a TCP socket.
+    fn half(&mut self, found: Found) -> Result<()> {
+        let probe = &found.probe;
+        let half = tcp::capture_sending(probe.file.as_fd())
+            .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
+        let empty = Captured { kind: TcpSocket::KIND, version: TcpSocket::VERSION, payload: Vec::new() };
+        let file = open_file(&found, empty)?;
+        self.halves.0.push((file, found.probe.file, half));
+        Ok(())
     }
 
     /// The descriptor table of a process.
@@ -213,11 +261,24 @@ impl<'a> Table<'a> {
         Ok(id)
     }
 
-    /// The records of all descriptions.
-    pub(super) fn finish(mut self) -> Result<Vec<OpenFile>> {
+    /// The records of all descriptions, but for TCP sockets.
+    pub(super) fn finish(mut self) -> Result<(Vec<OpenFile>, Halves)> {
         self.capture()?;
-        Ok(self.files)
+        Ok((self.files, self.halves))
     }
+}
+
+fn open_file(found: &Found, captured: Captured) -> Result<OpenFile> {
+    let probe = &found.probe;
+    Ok(OpenFile {
+        id: found.id,
+        flags: probe.info.flags & !libc::O_CLOEXEC,
+        owner: objects::owner(probe)?,
+        label: probe.link.clone(),
+        kind: captured.kind.into(),
+        version: captured.version,
+        payload: captured.payload,
+    })
 }
 
 impl CaptureContext for Table<'_> {

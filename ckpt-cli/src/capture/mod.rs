@@ -11,17 +11,24 @@ mod process;
 mod thread;
 
 use crate::memory::staging::Staging;
+use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
+use crate::objects::tcp::CaptureError;
 use crate::store::PartWriter;
 use crate::sys::ptrace;
 use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
+use ckpt_common::image::tcp::Position;
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 pub use plan::{Blocker, Plan};
+
+/// How often the cut is tried where something passes by itself, and the time the job runs in between.
+const TRIES: usize = 20;
+const BETWEEN_TRIES: Duration = Duration::from_millis(5);
 
 /// What the operator asked for.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +69,8 @@ pub struct Session {
     pids: Vec<i32>,
     plan: Plan,
     frozen: Option<Frozen>,
+    halves: descriptors::Halves,
+    sockets: descriptors::TcpSockets,
     processes: Vec<Process>,
     files: Vec<OpenFile>,
     staging: Staging,
@@ -76,6 +85,8 @@ impl Session {
             plan,
             options,
             frozen: None,
+            halves: descriptors::Halves::default(),
+            sockets: descriptors::TcpSockets::default(),
             processes: Vec::new(),
             files: Vec::new(),
             staging: Staging::default(),
@@ -93,7 +104,28 @@ impl Session {
     }
 
     /// Freezes the job and takes its state. The job stays frozen until [`Self::thaw`], [`Self::finish`] or drop.
+    ///
+    /// Some states pass by themselves, such as a connection that waits to be accepted: then the job runs on for a
+    /// moment, and it is tried again.
     pub fn cut(&mut self) -> Result<CutReport> {
+        let mut tries = 0;
+        loop {
+            let error = match self.try_cut() {
+                Ok(report) => return Ok(report),
+                Err(error) => error,
+            };
+            let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
+            if !passes || tries == TRIES {
+                return Err(error);
+            }
+            tries += 1;
+            self.staging = Staging::default();
+            self.processes.clear();
+            std::thread::sleep(BETWEEN_TRIES);
+        }
+    }
+
+    fn try_cut(&mut self) -> Result<CutReport> {
         let start = Instant::now();
         let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
         let mut finder = Finder::default();
@@ -107,7 +139,7 @@ impl Session {
                 .with_context(|| format!("capturing process {}", process.pid))?;
             self.processes.push(captured);
         }
-        self.files = table.finish()?;
+        (self.files, self.halves) = table.finish()?;
         let pids: Vec<(i32, i32)> =
             frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);
@@ -119,6 +151,15 @@ impl Session {
         };
         self.frozen = Some(frozen);
         Ok(report)
+    }
+
+    /// Takes what TCP sockets have received, when the sending halves of all nodes are taken: so no byte is missing
+    /// between the two, and no packet has to be dropped. The job is still frozen.
+    pub fn settle(&mut self) -> Result<Vec<Position>> {
+        let (files, sockets) = std::mem::take(&mut self.halves).receiving()?;
+        self.files.extend(files);
+        self.sockets = sockets;
+        Ok(self.sockets.positions())
     }
 
     /// Lets the job run on; its state stays staged for [`Self::save`].
@@ -146,7 +187,17 @@ impl Session {
             return self.thaw();
         }
         let Some(frozen) = self.frozen.take() else { return Ok(()) };
-        // Killed while their sockets are in repair mode: nothing is sent, the peers never notice.
+        // Their peers never notice: sockets in repair mode close without a word, and what others still send gets no
+        // answer while the hold is there.
+        let mut hold = None;
+        let cookies = self.sockets.cookies()?;
+        if !cookies.is_empty() {
+            hold = Some(Hold::load().context("loading the traffic hold")?);
+        }
+        if let Some(hold) = &mut hold {
+            hold.add(cookies).context("holding the traffic of the job")?;
+        }
+        self.sockets.silence()?;
         let mut threads = Vec::new();
         for process in frozen.processes.into_values() {
             let pidfd = crate::sys::pidfd::open(process.pid).context("opening a pidfd")?;
