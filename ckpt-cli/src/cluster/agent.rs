@@ -19,10 +19,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail};
 use ckpt_common::{
     image::manifest::NodeAddress,
-    wire::{
-        ConnectTask, DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport,
-        RestoreTask,
-    },
+    wire::{DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport, RestoreTask},
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::{
@@ -202,11 +199,12 @@ impl Agent<'_> {
             Request::PlanDump(_) | Request::PlanRestore(_) => Some(Phase::Plan),
             Request::Arm => Some(Phase::Arm),
             Request::Cut => Some(Phase::Cut),
+            Request::Settle => Some(Phase::Settle),
             Request::Run => Some(Phase::Run),
             Request::Save => Some(Phase::Save),
             Request::Commit => Some(Phase::Commit),
-            Request::Build => Some(Phase::Build),
-            Request::Connect(_) => Some(Phase::Connect),
+            Request::Build(_) => Some(Phase::Build),
+            Request::Connect => Some(Phase::Connect),
             Request::Release => Some(Phase::Release),
             Request::Abort => Some(Phase::Abort),
             _ => None,
@@ -224,12 +222,13 @@ impl Agent<'_> {
             Request::PlanDump(task) => Ok(Response::Planned(self.plan_dump(task)?)),
             Request::Arm => self.dumping(|session| session.arm()).map(|()| Response::Done),
             Request::Cut => self.dumping(|session| session.cut()).map(Response::Cut),
+            Request::Settle => self.dumping(|session| session.settle()).map(Response::Settled),
             Request::Run => self.dumping(|session| session.thaw()).map(|()| Response::Done),
             Request::Save => self.save(),
             Request::Commit => self.commit(),
             Request::PlanRestore(task) => Ok(Response::RestorePlanned(self.plan_restore(task)?)),
-            Request::Build => self.restoring(|session| session.build()),
-            Request::Connect(task) => self.connect(&task),
+            Request::Build(task) => self.restoring(|session| session.build(&task)),
+            Request::Connect => self.restoring(|session| session.connect()),
             Request::Release => self.release(),
             Request::Wait => self.wait(),
             Request::Abort => {
@@ -310,10 +309,6 @@ impl Agent<'_> {
             State::Restore(session) => act(session.as_mut()).map(|()| Response::Done),
             _ => bail!("no restore is under way on this node"),
         }
-    }
-
-    fn connect(&mut self, task: &ConnectTask) -> Result<Response> {
-        self.restoring(|session| session.connect(task))
     }
 
     fn release(&mut self) -> Result<Response> {
@@ -438,7 +433,7 @@ mod tests {
 
     #[test]
     fn requests_out_of_order_are_refused() {
-        let requests = [Request::Cut, Request::Save, Request::Commit, Request::Build, Request::Release];
+        let requests = [Request::Cut, Request::Save, Request::Commit, Request::Connect, Request::Release];
         for response in converse(&requests) {
             let (class, message) = failure(&response);
             assert_eq!(class, FailureClass::Other);

@@ -1,7 +1,10 @@
 //! Which TCP connections are inside the job, and what is on its way in them.
 
 use ckpt_common::{
-    image::manifest::{Channel, ChannelEnd, NodeAddress},
+    image::{
+        manifest::{Channel, ChannelEnd, NodeAddress},
+        tcp::Position,
+    },
     wire::Connection,
 };
 use std::{
@@ -75,38 +78,38 @@ pub fn sort(nodes: &[NodeView<'_>]) -> Sorted {
     sorted
 }
 
-/// The channel table at the cut.
+/// The channel table at the cut: `positions` per node, in the order of its connections.
 ///
 /// # Errors
-/// Which connection has no position, or has lost a byte.
-pub fn table(nodes: &[NodeView<'_>], inside: &[[End; 2]]) -> Result<Vec<Channel>, String> {
-    let end = |&(node, index): &End| {
-        let connection = &nodes[node].connections[index];
-        let position = connection.position.ok_or(format!("TCP {} has no position", connection.local))?;
-        Ok::<_, String>(ChannelEnd {
-            node: node as u32,
-            local: connection.local,
-            remote: connection.remote,
-            acknowledged: position.acknowledged,
-            written: position.written,
-            received: position.received,
-        })
-    };
-    let channel = |[a, b]: &[End; 2]| {
-        let channel = Channel { ends: [end(a)?, end(b)?] };
+/// Which connection has lost a byte, or was given one.
+pub fn table(positions: &[Vec<Position>], inside: &[[End; 2]]) -> Result<Vec<Channel>, String> {
+    let end = |(node, index): End| ChannelEnd { node: node as u32, position: positions[node][index] };
+    let channel = |ends: &[End; 2]| {
+        let channel = Channel { ends: ends.map(end) };
         channel.check().map(|()| channel)
     };
     inside.iter().map(channel).collect()
 }
 
+/// Connections after the cut, to be sorted.
+pub fn of_positions(positions: &[Position]) -> Vec<Connection> {
+    let connection = |position: &Position| Connection {
+        pid: 0,
+        fd: -1,
+        local: position.local.into(),
+        remote: position.peer.into(),
+        peer_closed: position.peer_finished,
+    };
+    positions.iter().map(connection).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ckpt_common::wire::Position;
 
     fn connection(local: &str, remote: &str) -> Connection {
         let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
-        Connection { pid: 1, fd: 3, local, remote, peer_closed: false, position: None }
+        Connection { pid: 1, fd: 3, local, remote, peer_closed: false }
     }
 
     fn address(address: &str) -> NodeAddress {
@@ -160,18 +163,28 @@ mod tests {
 
     #[test]
     fn the_table_refuses_lost_bytes() {
-        let mut both = [connection("127.0.0.1:1", "127.0.0.1:2"), connection("127.0.0.1:2", "127.0.0.1:1")];
-        both[0].position = Some(Position { acknowledged: 5, written: 30, received: 7 });
-        both[1].position = Some(Position { acknowledged: 7, written: 7, received: 10 });
-        fn nodes(connections: &[Connection]) -> [NodeView<'_>; 1] {
-            [NodeView { connections, addresses: &[] }]
-        }
-        let inside = [[(0, 0), (0, 1)]];
-        let found = table(&nodes(&both), &inside).unwrap();
+        let address = |text: &str| text.parse::<SocketAddr>().unwrap().into();
+        let end = |local, peer, [send_start, send_end, receive_next]: [u32; 3]| Position {
+            local: address(local),
+            peer: address(peer),
+            send_start,
+            send_end,
+            receive_next,
+            window_end: receive_next,
+            finished: false,
+            peer_finished: false,
+        };
+        let positions = |received| {
+            vec![vec![
+                end("127.0.0.1:1", "127.0.0.1:2", [5, 30, 7]),
+                end("127.0.0.1:2", "127.0.0.1:1", [7, 7, received]),
+            ]]
+        };
+        let connections = of_positions(&positions(10)[0]);
+        let inside = sort(&[NodeView { connections: &connections, addresses: &[] }]).inside;
+        let found = table(&positions(10), &inside).unwrap();
         assert_eq!((found[0].in_flight(0), found[0].in_flight(1)), (20, 0));
-        both[1].position = Some(Position { acknowledged: 7, written: 7, received: 31 });
-        assert!(table(&nodes(&both), &inside).unwrap_err().contains("1 bytes ahead"));
-        both[1].position = None;
-        assert!(table(&nodes(&both), &inside).unwrap_err().contains("no position"));
+        assert!(table(&positions(31), &inside).unwrap_err().contains("had not written"));
+        assert!(table(&positions(4), &inside).unwrap_err().contains("not captured"));
     }
 }

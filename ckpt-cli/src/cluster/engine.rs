@@ -5,7 +5,10 @@
 
 use crate::store::{PartReader, PartWriter};
 use anyhow::Result;
-use ckpt_common::wire::{ConnectTask, CutReport, DumpOptions, PlanReport, RestoreOptions, RestoreReport};
+use ckpt_common::{
+    image::tcp::Position,
+    wire::{CutReport, DumpOptions, NetworkTask, PlanReport, RestoreOptions, RestoreReport},
+};
 
 /// Makes sessions.
 pub trait Engine {
@@ -37,6 +40,9 @@ pub trait DumpSession {
     fn arm(&mut self) -> Result<()>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
+    /// Takes what connections have received: every sender, on all nodes, is cut. Tells where they
+    /// stand.
+    fn settle(&mut self) -> Result<Vec<Position>>;
     /// Lets the job run on; its state stays.
     fn thaw(&mut self) -> Result<()>;
     /// Writes everything to the part.
@@ -48,10 +54,10 @@ pub trait DumpSession {
 /// One restore on one node. Dropped before [`RestoreSession::release`] has succeeded, it removes
 /// what it has built.
 pub trait RestoreSession {
-    /// Builds processes, objects and memory. Nothing of it runs.
-    fn build(&mut self) -> Result<()>;
-    /// Connects what has its other end on another node, too. Nothing of it runs.
-    fn connect(&mut self, task: &ConnectTask) -> Result<()>;
+    /// Builds processes, objects and memory. Nothing of it runs, its connections do not speak.
+    fn build(&mut self, task: &NetworkTask) -> Result<()>;
+    /// Lets connections speak: every end exists, on all nodes. Nothing of the job runs.
+    fn connect(&mut self) -> Result<()>;
     /// Lets everything run. Gives the PIDs as this node sees them.
     fn release(self: Box<Self>) -> Result<Vec<i32>>;
 }

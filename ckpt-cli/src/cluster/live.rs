@@ -1,18 +1,24 @@
 //! The engine that works on real processes: between the agent's words and those of the rooms that
 //! capture and rebuild.
 
-use super::engine::{DumpSession, Engine, Outcome, RestoreSession};
+use super::{
+    connections,
+    engine::{DumpSession, Engine, Outcome, RestoreSession},
+    error::Classified,
+};
 use crate::{
-    capture, objects, rebuild,
+    capture,
+    objects::{self, tcp::CaptureError},
+    rebuild,
     store::{PartReader, PartWriter},
     sys::pidfd,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ckpt_common::{
-    image::manifest::ProcessSummary,
+    image::{manifest::ProcessSummary, tcp::Position},
     wire::{
-        Blocker, ConnectTask, CutReport, DumpOptions, FilePolicy, PidPolicy, PlanReport, RestoreOptions,
-        RestoreReport, Stdio,
+        Blocker, CutReport, DumpOptions, FailureClass, FilePolicy, NetworkTask, PidPolicy, PlanReport,
+        RestoreOptions, RestoreReport, Stdio,
     },
 };
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -34,9 +40,11 @@ impl Engine for LiveEngine {
         };
         let session = capture::Session::plan(pids, options)?;
         let found = session.found();
+        let pids: Vec<_> = found.processes.iter().map(|process| process.pid).collect();
         let report = PlanReport {
             processes: found.processes.clone(),
             blockers: found.blockers.iter().map(blocker).collect(),
+            connections: connections::of(&pids),
             ..Default::default()
         };
         let processes = found.processes.clone();
@@ -109,6 +117,15 @@ fn take_streams(pid: u32) -> Result<()> {
     Ok(())
 }
 
+/// What passes by itself is marked as such.
+fn classified(error: anyhow::Error) -> anyhow::Error {
+    let passes = error.downcast_ref::<CaptureError>().is_some_and(|error| error.is_transient());
+    if !passes {
+        return error;
+    }
+    Classified { message: format!("{error:#}"), hint: None, class: FailureClass::Transient }.into()
+}
+
 struct LiveDump {
     session: capture::Session,
     processes: Vec<ProcessSummary>,
@@ -120,13 +137,13 @@ impl DumpSession for LiveDump {
     }
 
     fn cut(&mut self) -> Result<CutReport> {
-        let report = self.session.cut()?;
-        Ok(CutReport {
-            us: report.took.as_micros() as u64,
-            processes: self.processes.clone(),
-            connections: Vec::new(),
-            bytes: report.bytes,
-        })
+        let report = self.session.cut().map_err(classified)?;
+        let us = report.took.as_micros() as u64;
+        Ok(CutReport { us, processes: self.processes.clone(), bytes: report.bytes })
+    }
+
+    fn settle(&mut self) -> Result<Vec<Position>> {
+        self.session.settle().map_err(classified)
     }
 
     fn thaw(&mut self) -> Result<()> {
@@ -148,15 +165,13 @@ impl DumpSession for LiveDump {
 struct LiveRestore(rebuild::Session);
 
 impl RestoreSession for LiveRestore {
-    fn build(&mut self) -> Result<()> {
-        self.0.build()
+    fn build(&mut self, task: &NetworkTask) -> Result<()> {
+        let addresses = task.addresses.iter().copied().collect();
+        self.0.build(&rebuild::Network { addresses, peers: task.peers.clone() })
     }
 
-    fn connect(&mut self, task: &ConnectTask) -> Result<()> {
-        match task.peers.first() {
-            None => Ok(()),
-            Some(peer) => bail!("TCP connection {} to {} cannot be rebuilt", peer.local, peer.remote),
-        }
+    fn connect(&mut self) -> Result<()> {
+        self.0.connect()
     }
 
     fn release(self: Box<Self>) -> Result<Vec<i32>> {

@@ -11,6 +11,7 @@
 pub mod addresses;
 pub mod agent;
 pub mod channels;
+mod connections;
 pub mod coordinator;
 pub mod engine;
 pub mod error;

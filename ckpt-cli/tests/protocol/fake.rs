@@ -4,6 +4,7 @@
 use anyhow::Result;
 use ckpt_cli::{
     cluster::{
+        channels,
         engine::{DumpSession, Engine, Outcome, RestoreSession},
         error::Classified,
     },
@@ -14,14 +15,15 @@ use ckpt_common::{
         MemoryId, PAGE_SIZE,
         file::{FileId, OpenFile},
         manifest::ProcessSummary,
+        tcp::Position,
     },
     wire::{
-        Blocker, ConnectTask, Connection, CutReport, DumpOptions, FailureClass, PlanReport, Position,
-        RestoreOptions, RestoreReport,
+        Blocker, CutReport, DumpOptions, FailureClass, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
     },
 };
 use std::{
     fs,
+    net::SocketAddr,
     path::PathBuf,
     process::{Command, Stdio},
 };
@@ -42,19 +44,25 @@ impl FakeEngine {
         Ok(fs::write(self.path(name), text)?)
     }
 
-    fn connections(&self) -> Result<Vec<Connection>> {
+    /// Lines of: local address, other address, send start, send end, next to receive.
+    fn positions(&self) -> Result<Vec<Position>> {
         let text = fs::read_to_string(self.path("connections")).unwrap_or_default();
-        let connection = |line: &str| -> Result<Connection> {
+        let position = |line: &str| -> Result<Position> {
             let words: Vec<_> = line.split_whitespace().collect();
-            let (local, remote) = (words[0].parse()?, words[1].parse()?);
-            let position = Position {
-                acknowledged: words[2].parse()?,
-                written: words[3].parse()?,
-                received: words[4].parse()?,
-            };
-            Ok(Connection { pid: 1, fd: 5, local, remote, peer_closed: false, position: Some(position) })
+            let [send_start, send_end, receive_next] =
+                [words[2].parse()?, words[3].parse()?, words[4].parse()?];
+            Ok(Position {
+                local: words[0].parse::<SocketAddr>()?.into(),
+                peer: words[1].parse::<SocketAddr>()?.into(),
+                send_start,
+                send_end,
+                receive_next,
+                window_end: receive_next,
+                finished: false,
+                peer_finished: false,
+            })
         };
-        text.lines().map(connection).collect()
+        text.lines().map(position).collect()
     }
 
     fn processes(&self) -> Vec<ProcessSummary> {
@@ -74,7 +82,7 @@ impl Engine for FakeEngine {
         let report = PlanReport {
             processes: self.processes(),
             blockers: self.path("blocked").exists().then_some(blocker).into_iter().collect(),
-            connections: self.connections()?,
+            connections: channels::of_positions(&self.positions()?),
             ..Default::default()
         };
         Ok((Box::new(FakeDump(self.clone())), report))
@@ -106,8 +114,11 @@ impl DumpSession for FakeDump {
             let message = "a connection is not accepted yet; in a moment it may be".to_owned();
             return Err(Classified { message, hint: None, class: FailureClass::Transient }.into());
         }
-        let (processes, connections) = (self.0.processes(), self.0.connections()?);
-        Ok(CutReport { us: 1, processes, connections, bytes: PAGE_SIZE as u64 })
+        Ok(CutReport { us: 1, processes: self.0.processes(), bytes: PAGE_SIZE as u64 })
+    }
+
+    fn settle(&mut self) -> Result<Vec<Position>> {
+        self.0.positions()
     }
 
     fn thaw(&mut self) -> Result<()> {
@@ -141,15 +152,14 @@ impl Drop for FakeDump {
 struct FakeRestore(FakeEngine);
 
 impl RestoreSession for FakeRestore {
-    fn build(&mut self) -> Result<()> {
+    fn build(&mut self, task: &NetworkTask) -> Result<()> {
+        let line = |peer: &Position| format!("{} {} {}\n", peer.local, peer.peer, peer.receive_next);
+        self.0.put("peers", &task.peers.iter().map(line).collect::<String>())?;
         self.0.put("built", &std::process::id().to_string())
     }
 
-    fn connect(&mut self, task: &ConnectTask) -> Result<()> {
-        let line = |peer: &ckpt_common::wire::PeerPosition| {
-            format!("{} {} {}\n", peer.local, peer.remote, peer.received)
-        };
-        self.0.put("peers", &task.peers.iter().map(line).collect::<String>())
+    fn connect(&mut self) -> Result<()> {
+        Ok(())
     }
 
     fn release(self: Box<Self>) -> Result<Vec<i32>> {

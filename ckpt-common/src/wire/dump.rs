@@ -97,19 +97,6 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// Has the other end sent its FIN? Then it may be gone, and this end still has a meaning.
     pub peer_closed: bool,
-    /// Positions, once the cut is done.
-    pub position: Option<Position>,
-}
-
-/// Where a connection stands. Sequence numbers modulo 2^32; a FIN counts as one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Position {
-    /// First byte that the other end has not acknowledged (`snd_una`).
-    pub acknowledged: u32,
-    /// First byte that the program has not written yet (`write_seq`).
-    pub written: u32,
-    /// First byte that has not been received (`rcv_nxt`).
-    pub received: u32,
 }
 
 /// What is known after the cut.
@@ -119,8 +106,6 @@ pub struct CutReport {
     pub us: u64,
     /// The job's processes at the cut.
     pub processes: Vec<ProcessSummary>,
-    /// TCP connections with their positions.
-    pub connections: Vec<Connection>,
     /// Bytes of memory taken.
     pub bytes: u64,
 }

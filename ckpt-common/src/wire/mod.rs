@@ -21,7 +21,9 @@
 //!              |-------------------------------->| trackers, traffic hold       | runs
 //!              | Cut                             |                              |
 //!              |-------------------------------->| freeze, take state           | FROZEN
-//!              |    all cut? connections matched, positions compared            |
+//!              | Settle: every sender is cut     |                              |
+//!              |-------------------------------->| what sockets have received   | FROZEN
+//!              |    connections matched, positions compared                     |
 //!              | Run            (not with stop)  |                              |
 //!              |-------------------------------->| thaw                         | runs
 //!              | Save                            |                              |
@@ -41,7 +43,7 @@ mod restore;
 pub use dump::*;
 pub use restore::*;
 
-use crate::image::{FormatError, manifest::PartRef};
+use crate::image::{FormatError, manifest::PartRef, tcp::Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, str::FromStr};
 
@@ -130,6 +132,8 @@ pub enum Phase {
     Arm,
     /// Dump: freeze and take the state.
     Cut,
+    /// Dump: take what connections have received, now that every sender is cut.
+    Settle,
     /// Dump: let the job run on.
     Run,
     /// Dump: write the part.
@@ -148,10 +152,11 @@ pub enum Phase {
 
 impl Phase {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Plan,
         Self::Arm,
         Self::Cut,
+        Self::Settle,
         Self::Run,
         Self::Save,
         Self::Commit,
@@ -168,6 +173,7 @@ impl fmt::Display for Phase {
             Self::Plan => "plan",
             Self::Arm => "arm",
             Self::Cut => "cut",
+            Self::Settle => "settle",
             Self::Run => "run",
             Self::Save => "save",
             Self::Commit => "commit",
@@ -219,6 +225,8 @@ pub enum Request {
     Arm,
     /// [`Phase::Cut`].
     Cut,
+    /// [`Phase::Settle`].
+    Settle,
     /// [`Phase::Run`].
     Run,
     /// [`Phase::Save`].
@@ -228,9 +236,9 @@ pub enum Request {
     /// [`Phase::Plan`] of a restore.
     PlanRestore(RestoreTask),
     /// [`Phase::Build`].
-    Build,
+    Build(NetworkTask),
     /// [`Phase::Connect`].
-    Connect(ConnectTask),
+    Connect,
     /// [`Phase::Release`].
     Release,
     /// After [`Phase::Release`]: answer when all restored processes have ended.
@@ -257,6 +265,8 @@ pub enum Response {
     Planned(PlanReport),
     /// To [`Request::Cut`].
     Cut(CutReport),
+    /// To [`Request::Settle`]: where the connections stand.
+    Settled(Vec<Position>),
     /// To [`Request::Save`].
     Saved(PartRef),
     /// To [`Request::PlanRestore`].

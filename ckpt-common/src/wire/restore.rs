@@ -1,9 +1,12 @@
 //! Messages of a restore.
 
 use super::Blocker;
-use crate::image::manifest::{NodeAddress, PartRef};
+use crate::image::{
+    manifest::{NodeAddress, PartRef},
+    tcp::Position,
+};
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 /// What a restore is to do on one node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,21 +66,11 @@ pub struct RestoreReport {
 }
 
 /// How the job's connections find each other again.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectTask {
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NetworkTask {
     /// For each address of a node at the dump, the address of the node that takes its place.
     pub addresses: Vec<(IpAddr, IpAddr)>,
-    /// For each end, on this node, of a connection inside the job: what the other end has.
-    pub peers: Vec<PeerPosition>,
-}
-
-/// What the other end of a connection had received at the cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PeerPosition {
-    /// Own address, as at the dump.
-    pub local: SocketAddr,
-    /// The other end's address, as at the dump.
-    pub remote: SocketAddr,
-    /// First byte that the other end has not received.
-    pub received: u32,
+    /// For each end, on this node, of a connection inside the job: where the other end stands, in
+    /// addresses of the dump.
+    pub peers: Vec<Position>,
 }

@@ -11,7 +11,10 @@ use crate::{
     store::{Dump, JobName, Store},
 };
 use ckpt_common::{
-    image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
+    image::{
+        manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
+        tcp::Position,
+    },
     wire::{Blocker, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector},
 };
 use std::{
@@ -131,7 +134,13 @@ impl Run<'_> {
             _ => None,
         };
         let cuts = self.phase(Phase::Cut, || ask_all(links, self.context, |_| Request::Cut, take))?;
-        let channels = self.channels(links, &plans, &cuts)?;
+        let take = |response| match response {
+            Response::Settled(positions) => Some(positions),
+            _ => None,
+        };
+        let positions =
+            self.phase(Phase::Settle, || ask_all(links, self.context, |_| Request::Settle, take))?;
+        let channels = self.channels(links, &plans, &positions)?;
         if !stop {
             self.phase(Phase::Run, || ask_all(links, self.context, |_| Request::Run, done))?;
         }
@@ -231,26 +240,24 @@ impl Run<'_> {
     }
 
     /// The channel table, if no byte was lost and no connection has appeared since the plan.
-    fn channels(&self, links: &[Link], plans: &[PlanReport], cuts: &[CutReport]) -> Result<Vec<Channel>> {
-        let view = |(plan, cut): (&'_ PlanReport, &'_ CutReport)| PlanReport {
-            processes: cut.processes.clone(),
-            connections: cut.connections.clone(),
+    fn channels(
+        &self,
+        links: &[Link],
+        plans: &[PlanReport],
+        positions: &[Vec<Position>],
+    ) -> Result<Vec<Channel>> {
+        let report = |(plan, positions): (&PlanReport, &Vec<Position>)| PlanReport {
+            connections: channels::of_positions(positions),
             addresses: plan.addresses.clone(),
             ..Default::default()
         };
-        let reports: Vec<_> = plans.iter().zip(cuts).map(view).collect();
+        let reports: Vec<_> = plans.iter().zip(positions).map(report).collect();
         let (far, near) = outside(links, &reports);
         let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
         if let Some((node, blocker)) = unexpected {
-            let (pid, reason) = (blocker.pid, blocker.reason);
-            return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
+            return Err(ClusterError::Changed(format!("{node}: there is a {}", blocker.reason)));
         }
-        let views: Vec<_> = reports
-            .iter()
-            .map(|report| NodeView { connections: &report.connections, addresses: &report.addresses })
-            .collect();
-        let inside = channels::sort(&views).inside;
-        channels::table(&views, &inside).map_err(ClusterError::Changed)
+        channels::table(positions, &channels::sort(&views(&reports)).inside).map_err(ClusterError::Changed)
     }
 
     fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<PartRef>> {
@@ -308,10 +315,6 @@ impl Run<'_> {
 
 /// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
 fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
-    let views: Vec<_> = plans
-        .iter()
-        .map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses })
-        .collect();
     let blocker = |&(node, index): &(usize, usize)| {
         let (plan, connection) = (&plans[node], &plans[node].connections[index]);
         let process = plan.processes.iter().find(|process| process.pid == connection.pid);
@@ -330,9 +333,13 @@ fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
         let mut all = plans.iter().flat_map(|plan| &plan.addresses);
         remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
     };
-    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
+    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views(plans))
         .outside
         .into_iter()
         .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
     (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
+}
+
+fn views(plans: &[PlanReport]) -> Vec<NodeView<'_>> {
+    plans.iter().map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses }).collect()
 }

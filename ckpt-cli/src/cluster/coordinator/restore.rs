@@ -9,8 +9,7 @@ use crate::{
 use ckpt_common::{
     image::manifest::{Checkpoint, Manifest, NodePart, PhaseTime},
     wire::{
-        ConnectTask, PeerPosition, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport,
-        RestoreTask, Stdio,
+        NetworkTask, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport, RestoreTask, Stdio,
     },
 };
 use std::{
@@ -122,10 +121,10 @@ impl Run<'_> {
     fn phases(&self, links: &[Link]) -> Result<(Vec<Vec<i32>>, Vec<PathBuf>)> {
         let logs = self.logs()?;
         let reports = self.phase(Phase::Plan, || self.plan(links, &logs))?;
-        self.phase(Phase::Build, || ask_all(links, self.context, |_| Request::Build, done))?;
-        let tasks = connect_tasks(&self.checkpoint.manifest, &reports);
-        let request = |node: usize| Request::Connect(tasks[node].clone());
-        self.phase(Phase::Connect, || ask_all(links, self.context, request, done))?;
+        let tasks = network_tasks(&self.checkpoint.manifest, &reports);
+        let request = |node: usize| Request::Build(tasks[node].clone());
+        self.phase(Phase::Build, || ask_all(links, self.context, request, done))?;
+        self.phase(Phase::Connect, || ask_all(links, self.context, |_| Request::Connect, done))?;
         let take = |response| match response {
             Response::Released(pids) => Some(pids),
             _ => None,
@@ -176,25 +175,19 @@ impl Run<'_> {
     }
 }
 
-/// What each node must know of the others: the address map, the same for all, and what the other
-/// end of each of its connections has received.
-fn connect_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<ConnectTask> {
+/// What each node must know of the others: the address map, the same for all, and where the other
+/// end of each of its connections stands.
+fn network_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<NetworkTask> {
     let pairs =
         |(node, report): (&NodePart, &RestoreReport)| addresses::map(&node.addresses, &report.addresses);
     let addresses: Vec<_> = manifest.nodes.iter().zip(reports).flat_map(pairs).collect();
     let peers = |node: usize| {
-        let mut peers = Vec::new();
-        for channel in &manifest.channels {
-            for (own, other) in [(0, 1), (1, 0)] {
-                let (own, other) = (&channel.ends[own], &channel.ends[other]);
-                if own.node as usize == node {
-                    let (local, remote, received) = (own.local, own.remote, other.received);
-                    peers.push(PeerPosition { local, remote, received });
-                }
-            }
-        }
-        peers
+        let ends = manifest.channels.iter().flat_map(|channel| {
+            let [a, b] = &channel.ends;
+            [(a, b), (b, a)]
+        });
+        ends.filter(|(own, _)| own.node as usize == node).map(|(_, other)| other.position).collect()
     };
-    let task = |node| ConnectTask { addresses: addresses.clone(), peers: peers(node) };
+    let task = |node| NetworkTask { addresses: addresses.clone(), peers: peers(node) };
     (0..manifest.nodes.len()).map(task).collect()
 }
