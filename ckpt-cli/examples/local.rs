@@ -18,7 +18,10 @@ fn main() -> anyhow::Result<()> {
             let r = s.cut()?;
             eprintln!("{r:?}");
             let pos = s.settle()?;
-            std::fs::write(dir.join("pos.json"), serde_json::to_vec(&pos)?)?;
+            std::fs::write(
+                dir.join("pos.json"),
+                serde_json::to_vec(&pos.iter().filter_map(|c| c.position).collect::<Vec<_>>())?,
+            )?;
             if !kill {
                 s.thaw()?;
             }

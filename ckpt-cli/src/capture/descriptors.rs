@@ -1,6 +1,6 @@
 //! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
 
-use super::{Options, plan};
+use super::{Connection, Options, plan};
 use crate::memory::staging::Staging;
 use crate::network::hold::SocketCookie;
 use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
-use ckpt_common::image::tcp::{Position, TcpSocket};
+use ckpt_common::image::tcp::TcpSocket;
 use ckpt_common::image::{Kind, MemoryId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -18,17 +18,17 @@ use std::os::fd::{AsFd, OwnedFd};
 
 /// TCP sockets of which one half is captured: the receiving half follows when the sending halves of all nodes are.
 #[derive(Debug, Default)]
-pub(super) struct Halves(Vec<(OpenFile, OwnedFd, tcp::Half)>);
+pub(super) struct Halves(Vec<(OpenFile, Found, tcp::Half)>);
 
 impl Halves {
     /// Captures what the sockets have received.
     pub(super) fn receiving(self) -> Result<(Vec<OpenFile>, TcpSockets)> {
         let (mut files, mut sockets) = (Vec::new(), Vec::new());
-        for (mut file, fd, half) in self.0 {
-            let socket = half.receiving(fd.as_fd()).with_context(|| file.label.clone())?;
+        for (mut file, found, half) in self.0 {
+            let socket = half.receiving(found.probe.file.as_fd()).with_context(|| file.label.clone())?;
             file.payload = Captured::new(&socket)?.payload;
             files.push(file);
-            sockets.push((fd, socket));
+            sockets.push((found.probe, socket));
         }
         Ok((files, TcpSockets(sockets)))
     }
@@ -36,26 +36,33 @@ impl Halves {
 
 /// Captured TCP sockets, kept until it is decided whether the job lives or dies.
 #[derive(Debug, Default)]
-pub(super) struct TcpSockets(Vec<(OwnedFd, TcpSocket)>);
+pub(super) struct TcpSockets(Vec<(Probe, TcpSocket)>);
 
 impl TcpSockets {
     /// Where the connections stand.
-    pub(super) fn positions(&self) -> Vec<Position> {
-        self.0.iter().filter_map(|(_, socket)| socket.position()).collect()
+    pub(super) fn connections(&self) -> Vec<Connection> {
+        let connection = |(probe, socket): &(Probe, TcpSocket)| {
+            let position = socket.position()?;
+            let (local, peer, peer_closed) = (position.local, position.peer, position.peer_finished);
+            let position = Some(position);
+            Some(Connection { pid: probe.pid, fd: probe.fd, local, peer, peer_closed, position })
+        };
+        self.0.iter().filter_map(connection).collect()
     }
 
     /// Makes all sockets silent: when the job is killed, their peers do not notice.
     pub(super) fn silence(&self) -> Result<()> {
-        self.0.iter().try_for_each(|(fd, _)| tcp::silence(fd.as_fd()))
+        self.0.iter().try_for_each(|(probe, _)| tcp::silence(probe.file.as_fd()))
     }
 
     /// Names of the sockets, for the traffic hold.
     pub(super) fn cookies(&self) -> Result<Vec<SocketCookie>> {
-        self.0.iter().map(|(fd, _)| Ok(SocketCookie::of(fd)?)).collect()
+        self.0.iter().map(|(probe, _)| Ok(SocketCookie::of(&probe.file)?)).collect()
     }
 }
 
 /// A description found in a descriptor table.
+#[derive(Debug)]
 struct Found {
     id: FileId,
     probe: Probe,
@@ -214,7 +221,7 @@ impl<'a> Table<'a> {
             .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
         let empty = Captured { kind: TcpSocket::KIND, version: TcpSocket::VERSION, payload: Vec::new() };
         let file = open_file(&found, empty)?;
-        self.halves.0.push((file, found.probe.file, half));
+        self.halves.0.push((file, found, half));
         Ok(())
     }
 

@@ -18,13 +18,12 @@ use crate::store::PartWriter;
 use crate::sys::ptrace;
 use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
-use ckpt_common::image::tcp::Position;
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-pub use plan::{Blocker, Plan};
+pub use plan::{Blocker, Connection, Plan};
 
 /// How often the cut is tried where something passes by itself, and the time the job runs in between.
 const TRIES: usize = 20;
@@ -68,6 +67,7 @@ pub struct Session {
     options: Options,
     pids: Vec<i32>,
     plan: Plan,
+    hold: Option<Hold>,
     frozen: Option<Frozen>,
     halves: descriptors::Halves,
     sockets: descriptors::TcpSockets,
@@ -84,6 +84,7 @@ impl Session {
             pids: pids.to_vec(),
             plan,
             options,
+            hold: None,
             frozen: None,
             halves: descriptors::Halves::default(),
             sockets: descriptors::TcpSockets::default(),
@@ -100,6 +101,9 @@ impl Session {
 
     /// Makes ready what the freeze should not wait for.
     pub fn arm(&mut self) -> Result<()> {
+        if self.options.stop && !self.plan.connections.is_empty() {
+            self.hold = Some(Hold::load().context("loading the traffic hold")?);
+        }
         Ok(())
     }
 
@@ -155,11 +159,11 @@ impl Session {
 
     /// Takes what TCP sockets have received, when the sending halves of all nodes are taken: so no byte is missing
     /// between the two, and no packet has to be dropped. The job is still frozen.
-    pub fn settle(&mut self) -> Result<Vec<Position>> {
+    pub fn settle(&mut self) -> Result<Vec<Connection>> {
         let (files, sockets) = std::mem::take(&mut self.halves).receiving()?;
         self.files.extend(files);
         self.sockets = sockets;
-        Ok(self.sockets.positions())
+        Ok(self.sockets.connections())
     }
 
     /// Lets the job run on; its state stays staged for [`Self::save`].
@@ -189,13 +193,8 @@ impl Session {
         let Some(frozen) = self.frozen.take() else { return Ok(()) };
         // Their peers never notice: sockets in repair mode close without a word, and what others still send gets no
         // answer while the hold is there.
-        let mut hold = None;
-        let cookies = self.sockets.cookies()?;
-        if !cookies.is_empty() {
-            hold = Some(Hold::load().context("loading the traffic hold")?);
-        }
-        if let Some(hold) = &mut hold {
-            hold.add(cookies).context("holding the traffic of the job")?;
+        if let Some(hold) = &mut self.hold {
+            hold.add(self.sockets.cookies()?).context("holding the traffic of the job")?;
         }
         self.sockets.silence()?;
         let mut threads = Vec::new();

@@ -1,12 +1,14 @@
 //! Before anything is touched: who belongs to the job, and what stands in the way.
 
 use super::{Options, address_space};
-use crate::objects::{self, Class, Probe, SocketKind};
+use crate::objects::{self, Class, Probe, SocketKind, tcp};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::proc;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::ProcessSummary;
 use ckpt_common::image::objects::OutsideKind;
+use ckpt_common::image::socket::Address;
+use ckpt_common::image::tcp::Position;
 use procfs::process::Process as Proc;
 use std::collections::HashSet;
 use std::io::Read as _;
@@ -36,8 +38,29 @@ pub struct Plan {
     pub blockers: Vec<Blocker>,
     /// Sockets and pipes (inodes) that processes outside the job have open, too.
     pub(super) foreign: HashSet<u64>,
-    /// Does the job have TCP sockets?
-    pub tcp: bool,
+    /// What is left out because that was allowed by name.
+    pub left_out: Vec<Blocker>,
+    /// Ends of TCP connections.
+    pub connections: Vec<Connection>,
+    /// Sockets seen so far, by inode.
+    sockets: HashSet<u64>,
+}
+
+/// One end of a TCP connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Process that has it.
+    pub pid: i32,
+    /// Descriptor.
+    pub fd: i32,
+    /// This end.
+    pub local: Address,
+    /// The other end.
+    pub peer: Address,
+    /// Has the other end sent its FIN?
+    pub peer_closed: bool,
+    /// Where it stands, after the cut.
+    pub position: Option<Position>,
 }
 
 /// The word of `--allow` for a kind of thing outside.
@@ -148,19 +171,18 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn push(&mut self, what: &str, reason: &str, allow: Option<&'static str>) {
-        let blocker = Blocker {
-            pid: self.pid,
-            process: self.name.clone(),
-            what: what.into(),
-            reason: reason.into(),
-            allow,
-        };
-        self.plan.blockers.push(blocker);
+    /// Notes something that can be left out where that is allowed by name.
+    fn leave_out(&mut self, what: &str, kind: OutsideKind) {
+        let (reason, allow) = ("it leads out of the job".into(), Some(word(kind)));
+        let item = Blocker { pid: self.pid, process: self.name.clone(), what: what.into(), reason, allow };
+        let allowed = self.options.allow.contains(word(kind));
+        let list = if allowed { &mut self.plan.left_out } else { &mut self.plan.blockers };
+        list.push(item);
     }
 
     fn block(&mut self, what: &str, reason: &str) {
-        self.push(what, reason, None);
+        let (process, what) = (self.name.clone(), what.into());
+        self.plan.blockers.push(Blocker { pid: self.pid, process, what, reason: reason.into(), allow: None });
     }
 
     fn all(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
@@ -218,6 +240,16 @@ impl Check<'_> {
         Ok(())
     }
 
+    fn connection(&mut self, probe: &Probe) -> Result<()> {
+        if self.plan.sockets.insert(probe.stat.st_ino)
+            && let Some((local, peer, peer_closed)) = tcp::ends(probe.file.as_fd())?
+        {
+            let (pid, fd) = (probe.pid, probe.fd);
+            self.plan.connections.push(Connection { pid, fd, local, peer, peer_closed, position: None });
+        }
+        Ok(())
+    }
+
     fn namespaces(&mut self) -> Result<()> {
         for name in ["mnt", "net", "ipc", "uts", "user", "time"] {
             let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
@@ -239,8 +271,8 @@ impl Check<'_> {
             let Ok(probe) = Probe::new(self.pid, process.as_fd(), fd) else { continue };
             let what = format!("fd {fd}  {}", probe.link);
             if let Some(kind) = outside(&probe, &self.plan.foreign) {
-                if fd > 2 && !self.options.allow.contains(word(kind)) {
-                    self.push(&what, "it leads out of the job", Some(word(kind)));
+                if fd > 2 {
+                    self.leave_out(&what, kind);
                 }
                 continue;
             }
@@ -250,7 +282,7 @@ impl Check<'_> {
                     SocketKind::Other => {
                         self.block(&what, "sockets of this family or type are not supported")
                     }
-                    SocketKind::Tcp => self.plan.tcp = true,
+                    SocketKind::Tcp => self.connection(&probe)?,
                     SocketKind::Udp | SocketKind::Unix => {}
                 },
                 _ => {}

@@ -1,10 +1,7 @@
 //! Which TCP connections are inside the job, and what is on its way in them.
 
 use ckpt_common::{
-    image::{
-        manifest::{Channel, ChannelEnd, NodeAddress},
-        tcp::Position,
-    },
+    image::manifest::{Channel, ChannelEnd, NodeAddress},
     wire::Connection,
 };
 use std::{
@@ -78,38 +75,31 @@ pub fn sort(nodes: &[NodeView<'_>]) -> Sorted {
     sorted
 }
 
-/// The channel table at the cut: `positions` per node, in the order of its connections.
+/// The channel table at the cut.
 ///
 /// # Errors
-/// Which connection has lost a byte, or was given one.
-pub fn table(positions: &[Vec<Position>], inside: &[[End; 2]]) -> Result<Vec<Channel>, String> {
-    let end = |(node, index): End| ChannelEnd { node: node as u32, position: positions[node][index] };
-    let channel = |ends: &[End; 2]| {
-        let channel = Channel { ends: ends.map(end) };
+/// Which connection has no position, has lost a byte, or was given one.
+pub fn table(nodes: &[NodeView<'_>], inside: &[[End; 2]]) -> Result<Vec<Channel>, String> {
+    let end = |&(node, index): &End| {
+        let connection = &nodes[node].connections[index];
+        let position = connection.position.ok_or(format!("TCP {} has no position", connection.local))?;
+        Ok::<_, String>(ChannelEnd { node: node as u32, position })
+    };
+    let channel = |[a, b]: &[End; 2]| {
+        let channel = Channel { ends: [end(a)?, end(b)?] };
         channel.check().map(|()| channel)
     };
     inside.iter().map(channel).collect()
 }
 
-/// Connections after the cut, to be sorted.
-pub fn of_positions(positions: &[Position]) -> Vec<Connection> {
-    let connection = |position: &Position| Connection {
-        pid: 0,
-        fd: -1,
-        local: position.local.into(),
-        remote: position.peer.into(),
-        peer_closed: position.peer_finished,
-    };
-    positions.iter().map(connection).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ckpt_common::image::tcp::Position;
 
     fn connection(local: &str, remote: &str) -> Connection {
         let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
-        Connection { pid: 1, fd: 3, local, remote, peer_closed: false }
+        Connection { pid: 1, fd: 3, local, remote, peer_closed: false, position: None }
     }
 
     fn address(address: &str) -> NodeAddress {
@@ -174,17 +164,16 @@ mod tests {
             finished: false,
             peer_finished: false,
         };
-        let positions = |received| {
-            vec![vec![
-                end("127.0.0.1:1", "127.0.0.1:2", [5, 30, 7]),
-                end("127.0.0.1:2", "127.0.0.1:1", [7, 7, received]),
-            ]]
+        let mut both = [connection("127.0.0.1:1", "127.0.0.1:2"), connection("127.0.0.1:2", "127.0.0.1:1")];
+        both[0].position = Some(end("127.0.0.1:1", "127.0.0.1:2", [5, 30, 7]));
+        let mut with = |position: Option<u32>| {
+            both[1].position = position.map(|next| end("127.0.0.1:2", "127.0.0.1:1", [7, 7, next]));
+            table(&[NodeView { connections: &both, addresses: &[] }], &[[(0, 0), (0, 1)]])
         };
-        let connections = of_positions(&positions(10)[0]);
-        let inside = sort(&[NodeView { connections: &connections, addresses: &[] }]).inside;
-        let found = table(&positions(10), &inside).unwrap();
+        let found = with(Some(10)).unwrap();
         assert_eq!((found[0].in_flight(0), found[0].in_flight(1)), (20, 0));
-        assert!(table(&positions(31), &inside).unwrap_err().contains("had not written"));
-        assert!(table(&positions(4), &inside).unwrap_err().contains("not captured"));
+        assert!(with(Some(31)).unwrap_err().contains("had not written"));
+        assert!(with(Some(4)).unwrap_err().contains("not captured"));
+        assert!(with(None).unwrap_err().contains("no position"));
     }
 }

@@ -5,9 +5,8 @@
 
 use crate::store::{PartReader, PartWriter};
 use anyhow::Result;
-use ckpt_common::{
-    image::tcp::Position,
-    wire::{CutReport, DumpOptions, NetworkTask, PlanReport, RestoreOptions, RestoreReport},
+use ckpt_common::wire::{
+    Connection, CutReport, DumpOptions, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
 };
 
 /// Makes sessions.
@@ -40,9 +39,9 @@ pub trait DumpSession {
     fn arm(&mut self) -> Result<()>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
-    /// Takes what connections have received: every sender, on all nodes, is cut. Tells where they
-    /// stand.
-    fn settle(&mut self) -> Result<Vec<Position>>;
+    /// Takes what connections have received: every sender, on all nodes, is cut. Gives all
+    /// connections with their positions.
+    fn settle(&mut self) -> Result<Vec<Connection>>;
     /// Lets the job run on; its state stays.
     fn thaw(&mut self) -> Result<()>;
     /// Writes everything to the part.

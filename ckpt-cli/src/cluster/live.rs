@@ -2,7 +2,6 @@
 //! capture and rebuild.
 
 use super::{
-    connections,
     engine::{DumpSession, Engine, Outcome, RestoreSession},
     error::Classified,
 };
@@ -15,10 +14,10 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use ckpt_common::{
-    image::{manifest::ProcessSummary, tcp::Position},
+    image::manifest::ProcessSummary,
     wire::{
-        Blocker, CutReport, DumpOptions, FailureClass, FilePolicy, NetworkTask, PidPolicy, PlanReport,
-        RestoreOptions, RestoreReport, Stdio,
+        Blocker, Connection, CutReport, DumpOptions, FailureClass, FilePolicy, NetworkTask, PidPolicy,
+        PlanReport, RestoreOptions, RestoreReport, Stdio,
     },
 };
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -40,11 +39,11 @@ impl Engine for LiveEngine {
         };
         let session = capture::Session::plan(pids, options)?;
         let found = session.found();
-        let pids: Vec<_> = found.processes.iter().map(|process| process.pid).collect();
         let report = PlanReport {
             processes: found.processes.clone(),
             blockers: found.blockers.iter().map(blocker).collect(),
-            connections: connections::of(&pids),
+            left_out: found.left_out.iter().map(blocker).collect(),
+            connections: found.connections.iter().map(connection).collect(),
             ..Default::default()
         };
         let processes = found.processes.clone();
@@ -92,6 +91,17 @@ impl Engine for LiveEngine {
     }
 }
 
+fn connection(end: &capture::Connection) -> Connection {
+    Connection {
+        pid: end.pid,
+        fd: end.fd,
+        local: end.local.into(),
+        remote: end.peer.into(),
+        peer_closed: end.peer_closed,
+        position: end.position,
+    }
+}
+
 fn blocker(found: &capture::Blocker) -> Blocker {
     Blocker {
         pid: found.pid,
@@ -119,7 +129,7 @@ fn take_streams(pid: u32) -> Result<()> {
 
 /// What passes by itself is marked as such.
 fn classified(error: anyhow::Error) -> anyhow::Error {
-    let passes = error.downcast_ref::<CaptureError>().is_some_and(|error| error.is_transient());
+    let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
     if !passes {
         return error;
     }
@@ -138,12 +148,15 @@ impl DumpSession for LiveDump {
 
     fn cut(&mut self) -> Result<CutReport> {
         let report = self.session.cut().map_err(classified)?;
-        let us = report.took.as_micros() as u64;
-        Ok(CutReport { us, processes: self.processes.clone(), bytes: report.bytes })
+        Ok(CutReport {
+            us: report.took.as_micros() as u64,
+            processes: self.processes.clone(),
+            bytes: report.bytes,
+        })
     }
 
-    fn settle(&mut self) -> Result<Vec<Position>> {
-        self.session.settle().map_err(classified)
+    fn settle(&mut self) -> Result<Vec<Connection>> {
+        Ok(self.session.settle().map_err(classified)?.iter().map(connection).collect())
     }
 
     fn thaw(&mut self) -> Result<()> {
@@ -166,8 +179,9 @@ struct LiveRestore(rebuild::Session);
 
 impl RestoreSession for LiveRestore {
     fn build(&mut self, task: &NetworkTask) -> Result<()> {
-        let addresses = task.addresses.iter().copied().collect();
-        self.0.build(&rebuild::Network { addresses, peers: task.peers.clone() })
+        let mut network = rebuild::Network { peers: task.peers.clone(), ..Default::default() };
+        task.addresses.iter().for_each(|(old, new)| network.addresses.insert(*old, *new));
+        self.0.build(&network)
     }
 
     fn connect(&mut self) -> Result<()> {

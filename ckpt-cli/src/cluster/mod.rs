@@ -11,7 +11,6 @@
 pub mod addresses;
 pub mod agent;
 pub mod channels;
-mod connections;
 pub mod coordinator;
 pub mod engine;
 pub mod error;

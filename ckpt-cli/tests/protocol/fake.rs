@@ -4,7 +4,6 @@
 use anyhow::Result;
 use ckpt_cli::{
     cluster::{
-        channels,
         engine::{DumpSession, Engine, Outcome, RestoreSession},
         error::Classified,
     },
@@ -18,7 +17,8 @@ use ckpt_common::{
         tcp::Position,
     },
     wire::{
-        Blocker, CutReport, DumpOptions, FailureClass, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
+        Blocker, Connection, CutReport, DumpOptions, FailureClass, NetworkTask, PlanReport, RestoreOptions,
+        RestoreReport,
     },
 };
 use std::{
@@ -45,24 +45,24 @@ impl FakeEngine {
     }
 
     /// Lines of: local address, other address, send start, send end, next to receive.
-    fn positions(&self) -> Result<Vec<Position>> {
+    fn connections(&self) -> Result<Vec<Connection>> {
         let text = fs::read_to_string(self.path("connections")).unwrap_or_default();
-        let position = |line: &str| -> Result<Position> {
+        let connection = |line: &str| -> Result<Connection> {
             let words: Vec<_> = line.split_whitespace().collect();
-            let [send_start, send_end, receive_next] =
-                [words[2].parse()?, words[3].parse()?, words[4].parse()?];
-            Ok(Position {
-                local: words[0].parse::<SocketAddr>()?.into(),
-                peer: words[1].parse::<SocketAddr>()?.into(),
-                send_start,
-                send_end,
-                receive_next,
-                window_end: receive_next,
+            let (local, remote): (SocketAddr, SocketAddr) = (words[0].parse()?, words[1].parse()?);
+            let position = Position {
+                local: local.into(),
+                peer: remote.into(),
+                send_start: words[2].parse()?,
+                send_end: words[3].parse()?,
+                receive_next: words[4].parse()?,
+                window_end: 0,
                 finished: false,
                 peer_finished: false,
-            })
+            };
+            Ok(Connection { pid: 1, fd: 5, local, remote, peer_closed: false, position: Some(position) })
         };
-        text.lines().map(position).collect()
+        text.lines().map(connection).collect()
     }
 
     fn processes(&self) -> Vec<ProcessSummary> {
@@ -82,7 +82,7 @@ impl Engine for FakeEngine {
         let report = PlanReport {
             processes: self.processes(),
             blockers: self.path("blocked").exists().then_some(blocker).into_iter().collect(),
-            connections: channels::of_positions(&self.positions()?),
+            connections: self.connections()?,
             ..Default::default()
         };
         Ok((Box::new(FakeDump(self.clone())), report))
@@ -117,8 +117,8 @@ impl DumpSession for FakeDump {
         Ok(CutReport { us: 1, processes: self.0.processes(), bytes: PAGE_SIZE as u64 })
     }
 
-    fn settle(&mut self) -> Result<Vec<Position>> {
-        self.0.positions()
+    fn settle(&mut self) -> Result<Vec<Connection>> {
+        self.0.connections()
     }
 
     fn thaw(&mut self) -> Result<()> {

@@ -1,6 +1,9 @@
 //! Messages of a dump.
 
-use crate::image::manifest::{NodeAddress, ProcessSummary};
+use crate::image::{
+    manifest::{NodeAddress, ProcessSummary},
+    tcp::Position,
+};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -97,6 +100,8 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// Has the other end sent its FIN? Then it may be gone, and this end still has a meaning.
     pub peer_closed: bool,
+    /// Where it stands, once both halves of the cut are done.
+    pub position: Option<Position>,
 }
 
 /// What is known after the cut.

@@ -43,7 +43,7 @@ mod restore;
 pub use dump::*;
 pub use restore::*;
 
-use crate::image::{FormatError, manifest::PartRef, tcp::Position};
+use crate::image::{FormatError, manifest::PartRef};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, str::FromStr};
 
@@ -265,8 +265,8 @@ pub enum Response {
     Planned(PlanReport),
     /// To [`Request::Cut`].
     Cut(CutReport),
-    /// To [`Request::Settle`]: where the connections stand.
-    Settled(Vec<Position>),
+    /// To [`Request::Settle`]: TCP connections with their positions.
+    Settled(Vec<Connection>),
     /// To [`Request::Save`].
     Saved(PartRef),
     /// To [`Request::PlanRestore`].

@@ -11,11 +11,10 @@ use crate::{
     store::{Dump, JobName, Store},
 };
 use ckpt_common::{
-    image::{
-        manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
-        tcp::Position,
+    image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
+    wire::{
+        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector,
     },
-    wire::{Blocker, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector},
 };
 use std::{
     cell::RefCell,
@@ -135,12 +134,12 @@ impl Run<'_> {
         };
         let cuts = self.phase(Phase::Cut, || ask_all(links, self.context, |_| Request::Cut, take))?;
         let take = |response| match response {
-            Response::Settled(positions) => Some(positions),
+            Response::Settled(connections) => Some(connections),
             _ => None,
         };
-        let positions =
-            self.phase(Phase::Settle, || ask_all(links, self.context, |_| Request::Settle, take))?;
-        let channels = self.channels(links, &plans, &positions)?;
+        let settle = || ask_all(links, self.context, |_| Request::Settle, take);
+        let connections = self.phase(Phase::Settle, settle)?;
+        let channels = self.channels(links, &plans, connections)?;
         if !stop {
             self.phase(Phase::Run, || ask_all(links, self.context, |_| Request::Run, done))?;
         }
@@ -244,20 +243,23 @@ impl Run<'_> {
         &self,
         links: &[Link],
         plans: &[PlanReport],
-        positions: &[Vec<Position>],
+        connections: Vec<Vec<Connection>>,
     ) -> Result<Vec<Channel>> {
-        let report = |(plan, positions): (&PlanReport, &Vec<Position>)| PlanReport {
-            connections: channels::of_positions(positions),
+        let report = |(plan, connections): (&PlanReport, _)| PlanReport {
+            processes: plan.processes.clone(),
             addresses: plan.addresses.clone(),
+            connections,
             ..Default::default()
         };
-        let reports: Vec<_> = plans.iter().zip(positions).map(report).collect();
+        let reports: Vec<_> = plans.iter().zip(connections).map(report).collect();
         let (far, near) = outside(links, &reports);
         let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
         if let Some((node, blocker)) = unexpected {
-            return Err(ClusterError::Changed(format!("{node}: there is a {}", blocker.reason)));
+            let (pid, reason) = (blocker.pid, blocker.reason);
+            return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
         }
-        channels::table(positions, &channels::sort(&views(&reports)).inside).map_err(ClusterError::Changed)
+        let views = views(&reports);
+        channels::table(&views, &channels::sort(&views).inside).map_err(ClusterError::Changed)
     }
 
     fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<PartRef>> {

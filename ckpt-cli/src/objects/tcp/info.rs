@@ -1,6 +1,8 @@
 //! The parts of `TCP_INFO` that we need.
 
+use super::super::inet;
 use crate::sys::socket;
+use ckpt_common::image::socket::Address;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -38,6 +40,17 @@ pub(super) struct Info {
     /// Of a listening socket: connections that wait to be accepted, and how many may.
     pub(super) waiting: u32,
     pub(super) backlog: u32,
+}
+
+/// Both ends of a connection: (own, the other, has the other sent its FIN?). `None` for a socket without one.
+pub fn ends(fd: BorrowedFd<'_>) -> io::Result<Option<(Address, Address, bool)>> {
+    use state::*;
+    let info = Info::of(fd)?;
+    if matches!(info.state, CLOSE | LISTEN | SYN_SENT) {
+        return Ok(None);
+    }
+    let ends = inet::local(fd)?.zip(inet::peer(fd)?);
+    Ok(ends.map(|(own, other)| (own.canonical(), other.canonical(), info.peer_finished())))
 }
 
 impl Info {

@@ -25,4 +25,5 @@ mod rebuild;
 mod repair;
 
 pub use capture::{CaptureError, Half, capture, capture_sending, silence};
+pub use info::ends;
 pub use rebuild::{Rebuilt, rebuild};
