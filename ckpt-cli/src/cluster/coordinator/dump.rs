@@ -16,10 +16,11 @@ use ckpt_common::{
         Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector,
     },
 };
+use crossbeam_channel::RecvTimeoutError;
 use std::{
     cell::RefCell,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -269,17 +270,18 @@ impl Run<'_> {
             Response::Saved(part) => Some(part),
             _ => None,
         };
-        let done = AtomicBool::new(false);
+        let observer = self.context.observer;
+        let (end, ended) = crossbeam_channel::bounded::<()>(0);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
+            scope.spawn(move || {
+                let look = Duration::from_millis(50);
+                while ended.recv_timeout(look) == Err(RecvTimeoutError::Timeout) {
                     let now: u64 = links.iter().map(Link::progress).sum();
-                    self.context.observer.saved(now.saturating_sub(before).min(of), of);
-                    thread::sleep(Duration::from_millis(50));
+                    observer.saved(now.saturating_sub(before).min(of), of);
                 }
             });
             let parts = ask_all(links, self.context, |_| Request::Save, take);
-            done.store(true, Ordering::Relaxed);
+            drop(end);
             parts
         })
     }
