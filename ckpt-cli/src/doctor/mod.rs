@@ -28,7 +28,7 @@ pub fn probe(store: &Path) -> Vec<Probe> {
         ("clone3 set_tid", Missing, "the same PIDs after a restore", features::set_tid()),
         ("PAGEMAP_SCAN", Missing, "finding the pages to save", features::pagemap_scan()),
         ("TCP_REPAIR", Missing, "connections", features::tcp_repair()),
-        ("cgroup2", Degraded, "connections (the traffic hold is attached to its root)", features::cgroup2()),
+        ("BPF on cgroups", Missing, "connections", features::hold()),
         ("userfaultfd", Degraded, "saving only what was modified", features::userfaultfd()),
         ("store", Missing, "checkpoints", store_state(store)),
     ];
