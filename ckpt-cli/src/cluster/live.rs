@@ -28,6 +28,7 @@ pub struct LiveEngine;
 
 impl Engine for LiveEngine {
     fn plan_dump(&self, pids: &[i32], options: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+        check_privileges()?;
         let options = capture::Options {
             allow: options.allow.iter().cloned().collect(),
             files: match options.files {
@@ -55,6 +56,7 @@ impl Engine for LiveEngine {
         part: PartReader,
         options: &RestoreOptions,
     ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
+        check_privileges()?;
         let mut rebuild = rebuild::Options {
             pids: match options.pids {
                 PidPolicy::Same => rebuild::Pids::Same,
@@ -89,6 +91,14 @@ impl Engine for LiveEngine {
         let report = RestoreReport { blockers: blockers.collect(), ..Default::default() };
         Ok((Box::new(LiveRestore(session)), report))
     }
+}
+
+/// Without privileges every look at a process fails in a way of its own: said once, and first.
+fn check_privileges() -> Result<()> {
+    let hint = Some("run ckpt as root; `ckpt doctor` shows what else is missing".to_owned());
+    let class = FailureClass::System;
+    crate::doctor::privileges()
+        .map_err(|message| Classified { message: format!("no privileges: {message}"), hint, class }.into())
 }
 
 fn connection(end: &capture::Connection) -> Connection {

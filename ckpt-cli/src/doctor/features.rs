@@ -84,11 +84,7 @@ pub(super) fn privileges() -> Found {
         NEEDED.iter().filter(|(_, bit)| have >> bit & 1 == 0).map(|(name, _)| *name).collect();
     match missing[..] {
         [] => Ok(format!("user {}, all needed capabilities", nix::unistd::geteuid())),
-        _ => Err(format!(
-            "user {}, without CAP_{}; run as root",
-            nix::unistd::geteuid(),
-            missing.join(", CAP_")
-        )),
+        _ => Err(format!("user {} without CAP_{}", nix::unistd::geteuid(), missing.join(", CAP_"))),
     }
 }
 

@@ -42,6 +42,11 @@ pub fn probe(store: &Path) -> Vec<Probe> {
     probes.into_iter().map(probe).collect()
 }
 
+/// Have we the privileges that dump and restore need? If not: what is missing.
+pub fn privileges() -> Result<(), String> {
+    features::privileges().map(drop)
+}
+
 /// Can checkpoints be written here?
 fn store_state(path: &Path) -> Found {
     let directory = match Store::open(path) {
