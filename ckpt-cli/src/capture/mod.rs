@@ -79,6 +79,7 @@ pub struct Session {
 impl Session {
     /// Looks at the processes and their descendants and lists what cannot be saved. Nothing is stopped.
     pub fn plan(pids: &[i32], options: Options) -> Result<Self> {
+        crate::sys::task::raise_descriptor_limit().context("raising the limit on open files")?;
         let plan = plan::plan(pids, &options)?;
         Ok(Self {
             pids: pids.to_vec(),

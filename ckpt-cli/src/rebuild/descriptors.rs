@@ -59,6 +59,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
         batch.call(format!("locking fd {fd}"), libc::SYS_fcntl, &[fd as u64, libc::F_SETLK as u64, at]);
         flush_if_full(leader, &mut batch)?;
     }
+    batch.call("closing the way to our table", libc::SYS_close, &[restorer]);
     leader.run(batch, false)?.all_ok()?;
     Ok(())
 }

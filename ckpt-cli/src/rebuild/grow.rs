@@ -4,6 +4,7 @@
 //! the leader calls setsid(2). A dead leader of a session or group is played by a helper until its members are there.
 
 use super::layout::Layout;
+use super::mappings;
 use super::seed::{self, Inheritance};
 use super::tree::{self, Stub, Tree};
 use crate::sys::task;
@@ -38,7 +39,10 @@ fn wanted(process: &Process) -> bool {
 impl<'a> Grower<'a> {
     /// Makes a stub for every process.
     pub(super) fn grow(processes: &'a [Process], layout: Layout, namespace: bool) -> Result<Tree> {
-        let above = processes.iter().flat_map(|p| &p.fds).map(|d| d.fd).max().unwrap_or(0).max(2);
+        // Above every descriptor of the job, and above the files that are mapped before there are any.
+        let fds = processes.iter().flat_map(|p| &p.fds).map(|d| d.fd).max().unwrap_or(0);
+        let mapped = processes.iter().map(|p| mappings::mapped(&p.mm).len()).max().unwrap_or(0);
+        let above = fds.max(mapped as i32);
         let seed = seed::grow(layout, namespace, above)?;
         let mut grower = Self {
             tree: Tree { stubs: BTreeMap::new(), helpers: BTreeMap::new(), init: seed.init, layout },

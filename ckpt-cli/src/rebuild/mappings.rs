@@ -37,13 +37,7 @@ fn pull(
     files: &Files,
     inheritance: &Inheritance,
 ) -> Result<BTreeMap<FileId, u64>> {
-    let mut pulled = BTreeMap::from([(space.exe, 0)]);
-    for mapping in &space.mappings {
-        if let Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } = mapping.backing {
-            let next = pulled.len() as u64;
-            pulled.entry(file).or_insert(next);
-        }
-    }
+    let pulled = mapped(space);
     let mut order: Vec<(u64, FileId)> = pulled.iter().map(|(id, number)| (*number, *id)).collect();
     order.sort_unstable();
     let mut batch = Batch::new(inheritance.layout.arena);
@@ -58,6 +52,18 @@ fn pull(
     }
     leader.run(batch, false)?.all_ok()?;
     Ok(pulled)
+}
+
+/// The executable and the mapped files, with the number each gets in the stub's empty descriptor table.
+pub(super) fn mapped(space: &AddressSpace) -> BTreeMap<FileId, u64> {
+    let mut numbers = BTreeMap::from([(space.exe, 0)]);
+    for mapping in &space.mappings {
+        if let Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } = mapping.backing {
+            let next = numbers.len() as u64;
+            numbers.entry(file).or_insert(next);
+        }
+    }
+    numbers
 }
 
 /// Runs a batch that has become full and begins a new one.

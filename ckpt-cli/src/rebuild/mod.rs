@@ -101,6 +101,7 @@ pub struct Session {
 impl Session {
     /// Reads the part's records and lists what stands in the way.
     pub fn plan(part: PartReader, options: Options) -> Result<Self> {
+        crate::sys::task::raise_descriptor_limit().context("raising the limit on open files")?;
         let processes: Vec<Process> = part.read().context("reading the processes")?;
         let files: Vec<OpenFile> = part.read().context("reading the open files")?;
         let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;

@@ -72,3 +72,9 @@ pub fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()
     // SAFETY: the new limit is only read; a null old limit means it is not wanted.
     check(unsafe { libc::prlimit64(pid, resource, &raw const limit, std::ptr::null_mut()) }.into()).map(drop)
 }
+
+/// Raises our own limit on open files as far as it goes: descriptors of the whole job pass through our table.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let (_, hard) = limit(0, libc::RLIMIT_NOFILE)?;
+    set_limit(0, libc::RLIMIT_NOFILE, hard, hard)
+}

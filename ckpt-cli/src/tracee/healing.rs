@@ -6,8 +6,10 @@
 
 use super::proc::Maps;
 use crate::sys::{memory, ptrace::UserRegs};
+use memchr::memmem;
 use std::collections::HashMap;
 
+const SYSCALL: &[u8] = b"\x0f\x05";
 /// mov $15, %rax; syscall: every restorer of signal handlers (rt_sigreturn is call 15).
 const RESTORERS: [&[u8]; 2] = [b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05"];
 /// Offset of the software-reserved bytes in the legacy area (arch/x86/include/uapi/asm/sigcontext.h).
@@ -45,16 +47,14 @@ fn follow(code: &[u8]) -> Option<u64> {
 }
 
 fn find_gadget(code: &[u8]) -> Option<Gadget> {
-    code.windows(2).enumerate().filter(|(_, w)| *w == [0x0f, 0x05]).find_map(|(i, _)| {
+    memmem::find_iter(code, SYSCALL).find_map(|i| {
         let ret_slot = follow(&code[i + 2..code.len().min(i + 64)])?;
         Some(Gadget { offset: i as u64, ret_slot })
     })
 }
 
 fn find_restorer(code: &[u8]) -> Option<u64> {
-    RESTORERS
-        .iter()
-        .find_map(|pattern| code.windows(pattern.len()).position(|w| w == *pattern).map(|i| i as u64))
+    RESTORERS.iter().find_map(|pattern| memmem::find(code, pattern)).map(|at| at as u64)
 }
 
 /// Where, in one process, the pieces are. Addresses.
@@ -80,7 +80,7 @@ impl Finder {
     pub fn find(&mut self, pid: i32, maps: &Maps) -> Option<Pieces> {
         let vdso = maps.iter().find(|m| m.path == "[vdso]")?;
         let code = read(pid, vdso.start, vdso.end)?;
-        let plain = code.windows(2).position(|w| w == [0x0f, 0x05])? as u64 + vdso.start;
+        let plain = memmem::find(&code, SYSCALL)? as u64 + vdso.start;
         let gadget = *self.vdso.entry(code).or_insert_with_key(|code| find_gadget(code));
         let restorer = maps.iter().filter(|m| m.executable() && m.inode != 0).find_map(|m| {
             let key = (m.device, m.inode, m.offset);
