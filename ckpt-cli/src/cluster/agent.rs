@@ -19,7 +19,10 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail};
 use ckpt_common::{
     image::manifest::NodeAddress,
-    wire::{DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport, RestoreTask},
+    wire::{
+        DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport, RestoreTask,
+        Selector,
+    },
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::{
@@ -322,11 +325,15 @@ impl Agent<'_> {
         }
     }
 
-    /// Waits for the end of the restored processes, or of the coordinator.
+    /// Waits for the end of the restored processes and their descendants, or of the coordinator.
     fn wait(&mut self) -> Result<Response> {
         let State::Released(pids) = &self.state else { bail!("nothing was restored on this node") };
-        while !self.shared.is_lost() && pids.iter().any(|&pid| is_alive(pid)) {
+        let mut alive = tree(pids);
+        while !self.shared.is_lost() && !alive.is_empty() {
             thread::sleep(TICK);
+            alive.retain(|&pid| is_alive(pid));
+            // Those that a process leaves behind are no longer its descendants.
+            alive = tree(&alive);
         }
         Ok(Response::Done)
     }
@@ -334,14 +341,22 @@ impl Agent<'_> {
     /// Undoes everything. Processes that run again already have peers that do not: they are ended.
     fn abort(&mut self) {
         if let State::Released(pids) = std::mem::replace(&mut self.state, State::Idle) {
-            for pid in pids {
-                let pid = nix::unistd::Pid::from_raw(pid);
-                if let Err(error) = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL) {
-                    tracing::warn!(%pid, %error, "cannot end a restored process");
+            for pid in tree(&pids) {
+                let process = nix::unistd::Pid::from_raw(pid);
+                if let Err(error) = nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL) {
+                    tracing::warn!(pid, %error, "cannot end a restored process");
                 }
             }
         }
     }
+}
+
+/// Those of the processes that live, and their descendants.
+fn tree(pids: &[i32]) -> Vec<i32> {
+    let alive: Vec<_> = pids.iter().copied().filter(|&pid| is_alive(pid)).collect();
+    // One may end between the two looks; then it has no descendants any more.
+    let found = selector::find(&Selector::Pids(alive.clone())).unwrap_or(alive);
+    found.into_iter().filter(|&pid| is_alive(pid)).collect()
 }
 
 /// Runs it, or does it lie there as a zombie, or not at all?
@@ -383,7 +398,7 @@ fn addresses() -> Result<Vec<NodeAddress>> {
 mod tests {
     use super::*;
     use crate::store::PartReader;
-    use ckpt_common::wire::{DumpOptions, RestoreOptions, Selector};
+    use ckpt_common::wire::{DumpOptions, RestoreOptions};
 
     struct NoEngine;
 

@@ -78,19 +78,12 @@ pub fn sort(nodes: &[NodeView<'_>]) -> Sorted {
 /// The channel table at the cut.
 ///
 /// # Errors
-/// Which connection has no position, or has lost a byte.
+/// Which connection has no position, has lost a byte, or was given one.
 pub fn table(nodes: &[NodeView<'_>], inside: &[[End; 2]]) -> Result<Vec<Channel>, String> {
     let end = |&(node, index): &End| {
         let connection = &nodes[node].connections[index];
         let position = connection.position.ok_or(format!("TCP {} has no position", connection.local))?;
-        Ok::<_, String>(ChannelEnd {
-            node: node as u32,
-            local: connection.local,
-            remote: connection.remote,
-            acknowledged: position.acknowledged,
-            written: position.written,
-            received: position.received,
-        })
+        Ok::<_, String>(ChannelEnd { node: node as u32, position })
     };
     let channel = |[a, b]: &[End; 2]| {
         let channel = Channel { ends: [end(a)?, end(b)?] };
@@ -102,7 +95,7 @@ pub fn table(nodes: &[NodeView<'_>], inside: &[[End; 2]]) -> Result<Vec<Channel>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ckpt_common::wire::Position;
+    use ckpt_common::image::tcp::Position;
 
     fn connection(local: &str, remote: &str) -> Connection {
         let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
@@ -160,18 +153,27 @@ mod tests {
 
     #[test]
     fn the_table_refuses_lost_bytes() {
+        let address = |text: &str| text.parse::<SocketAddr>().unwrap().into();
+        let end = |local, peer, [send_start, send_end, receive_next]: [u32; 3]| Position {
+            local: address(local),
+            peer: address(peer),
+            send_start,
+            send_end,
+            receive_next,
+            window_end: receive_next,
+            finished: false,
+            peer_finished: false,
+        };
         let mut both = [connection("127.0.0.1:1", "127.0.0.1:2"), connection("127.0.0.1:2", "127.0.0.1:1")];
-        both[0].position = Some(Position { acknowledged: 5, written: 30, received: 7 });
-        both[1].position = Some(Position { acknowledged: 7, written: 7, received: 10 });
-        fn nodes(connections: &[Connection]) -> [NodeView<'_>; 1] {
-            [NodeView { connections, addresses: &[] }]
-        }
-        let inside = [[(0, 0), (0, 1)]];
-        let found = table(&nodes(&both), &inside).unwrap();
+        both[0].position = Some(end("127.0.0.1:1", "127.0.0.1:2", [5, 30, 7]));
+        let mut with = |position: Option<u32>| {
+            both[1].position = position.map(|next| end("127.0.0.1:2", "127.0.0.1:1", [7, 7, next]));
+            table(&[NodeView { connections: &both, addresses: &[] }], &[[(0, 0), (0, 1)]])
+        };
+        let found = with(Some(10)).unwrap();
         assert_eq!((found[0].in_flight(0), found[0].in_flight(1)), (20, 0));
-        both[1].position = Some(Position { acknowledged: 7, written: 7, received: 31 });
-        assert!(table(&nodes(&both), &inside).unwrap_err().contains("1 bytes ahead"));
-        both[1].position = None;
-        assert!(table(&nodes(&both), &inside).unwrap_err().contains("no position"));
+        assert!(with(Some(31)).unwrap_err().contains("had not written"));
+        assert!(with(Some(4)).unwrap_err().contains("not captured"));
+        assert!(with(None).unwrap_err().contains("no position"));
     }
 }

@@ -6,7 +6,7 @@
 use crate::store::{PartReader, PartWriter};
 use anyhow::Result;
 use ckpt_common::wire::{
-    ConnectTask, Connection, CutReport, DumpOptions, PlanReport, RestoreOptions, RestoreReport,
+    Connection, CutReport, DumpOptions, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
 };
 
 /// Makes sessions.
@@ -39,7 +39,8 @@ pub trait DumpSession {
     fn arm(&mut self) -> Result<()>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
-    /// Takes what TCP connections have received, when every node has cut. Gives their positions.
+    /// Takes what connections have received: every sender, on all nodes, is cut. Gives all
+    /// connections with their positions.
     fn settle(&mut self) -> Result<Vec<Connection>>;
     /// Lets the job run on; its state stays.
     fn thaw(&mut self) -> Result<()>;
@@ -52,9 +53,9 @@ pub trait DumpSession {
 /// One restore on one node. Dropped before [`RestoreSession::release`] has succeeded, it removes
 /// what it has built.
 pub trait RestoreSession {
-    /// Builds processes, objects and memory; connections are silent. Nothing of it runs.
-    fn build(&mut self, task: &ConnectTask) -> Result<()>;
-    /// Lets connections speak, when every node has built. Nothing of it runs.
+    /// Builds processes, objects and memory. Nothing of it runs, its connections do not speak.
+    fn build(&mut self, task: &NetworkTask) -> Result<()>;
+    /// Lets connections speak: every end exists, on all nodes. Nothing of the job runs.
     fn connect(&mut self) -> Result<()>;
     /// Lets everything run. Gives the PIDs as this node sees them.
     fn release(self: Box<Self>) -> Result<Vec<i32>>;

@@ -1,9 +1,14 @@
 //! The engine that works on real processes: between the agent's words and those of the rooms that
 //! capture and rebuild.
 
-use super::engine::{DumpSession, Engine, Outcome, RestoreSession};
+use super::{
+    engine::{DumpSession, Engine, Outcome, RestoreSession},
+    error::Classified,
+};
 use crate::{
-    capture, objects, rebuild,
+    capture,
+    objects::{self, tcp::CaptureError},
+    rebuild,
     store::{PartReader, PartWriter},
     sys::pidfd,
 };
@@ -11,8 +16,8 @@ use anyhow::{Context, Result};
 use ckpt_common::{
     image::manifest::ProcessSummary,
     wire::{
-        Blocker, ConnectTask, Connection, CutReport, DumpOptions, FilePolicy, PidPolicy, PlanReport,
-        Position, RestoreOptions, RestoreReport, Stdio,
+        Blocker, Connection, CutReport, DumpOptions, FailureClass, FilePolicy, NetworkTask, PidPolicy,
+        PlanReport, RestoreOptions, RestoreReport, Stdio,
     },
 };
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -23,6 +28,7 @@ pub struct LiveEngine;
 
 impl Engine for LiveEngine {
     fn plan_dump(&self, pids: &[i32], options: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+        check_privileges()?;
         let options = capture::Options {
             allow: options.allow.iter().cloned().collect(),
             files: match options.files {
@@ -50,6 +56,7 @@ impl Engine for LiveEngine {
         part: PartReader,
         options: &RestoreOptions,
     ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
+        check_privileges()?;
         let mut rebuild = rebuild::Options {
             pids: match options.pids {
                 PidPolicy::Same => rebuild::Pids::Same,
@@ -81,20 +88,28 @@ impl Engine for LiveEngine {
                 allow: None,
             }
         });
-        let (blockers, positions) = (blockers.collect(), session.positions()?);
-        let report = RestoreReport { blockers, positions, ..Default::default() };
+        let report = RestoreReport { blockers: blockers.collect(), ..Default::default() };
         Ok((Box::new(LiveRestore(session)), report))
     }
 }
 
+/// Without privileges every look at a process fails in a way of its own: said once, and first.
+fn check_privileges() -> Result<()> {
+    let hint = Some("run ckpt as root; `ckpt doctor` shows what else is missing".to_owned());
+    let class = FailureClass::System;
+    crate::doctor::privileges()
+        .map_err(|message| Classified { message: format!("no privileges: {message}"), hint, class }.into())
+}
+
 fn connection(end: &capture::Connection) -> Connection {
-    let position = end.position.map(|position| Position {
-        acknowledged: position.send_start,
-        written: position.send_end,
-        received: position.receive_next,
-    });
-    let (local, remote) = (end.local.into(), end.peer.into());
-    Connection { pid: end.pid, fd: end.fd, local, remote, peer_closed: end.peer_closed, position }
+    Connection {
+        pid: end.pid,
+        fd: end.fd,
+        local: end.local.into(),
+        remote: end.peer.into(),
+        peer_closed: end.peer_closed,
+        position: end.position,
+    }
 }
 
 fn blocker(found: &capture::Blocker) -> Blocker {
@@ -122,6 +137,15 @@ fn take_streams(pid: u32) -> Result<()> {
     Ok(())
 }
 
+/// What passes by itself is marked as such.
+fn classified(error: anyhow::Error) -> anyhow::Error {
+    let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
+    if !passes {
+        return error;
+    }
+    Classified { message: format!("{error:#}"), hint: None, class: FailureClass::Transient }.into()
+}
+
 struct LiveDump {
     session: capture::Session,
     processes: Vec<ProcessSummary>,
@@ -133,7 +157,7 @@ impl DumpSession for LiveDump {
     }
 
     fn cut(&mut self) -> Result<CutReport> {
-        let report = self.session.cut()?;
+        let report = self.session.cut().map_err(classified)?;
         Ok(CutReport {
             us: report.took.as_micros() as u64,
             processes: self.processes.clone(),
@@ -142,7 +166,7 @@ impl DumpSession for LiveDump {
     }
 
     fn settle(&mut self) -> Result<Vec<Connection>> {
-        Ok(self.session.settle()?.iter().map(connection).collect())
+        Ok(self.session.settle().map_err(classified)?.iter().map(connection).collect())
     }
 
     fn thaw(&mut self) -> Result<()> {
@@ -164,7 +188,7 @@ impl DumpSession for LiveDump {
 struct LiveRestore(rebuild::Session);
 
 impl RestoreSession for LiveRestore {
-    fn build(&mut self, task: &ConnectTask) -> Result<()> {
+    fn build(&mut self, task: &NetworkTask) -> Result<()> {
         let mut network = rebuild::Network { peers: task.peers.clone(), ..Default::default() };
         task.addresses.iter().for_each(|(old, new)| network.addresses.insert(*old, *new));
         self.0.build(&network)

@@ -80,22 +80,26 @@ enum Files {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Allow {
     /// TCP connections
-    OutsideTcp,
+    #[value(name = "outside-tcp")]
+    Tcp,
     /// Unix sockets
-    OutsideUnix,
+    #[value(name = "outside-unix")]
+    Unix,
     /// Pipes and FIFOs
-    OutsidePipe,
+    #[value(name = "outside-pipe")]
+    Pipe,
     /// Terminals
-    OutsideTty,
+    #[value(name = "outside-tty")]
+    Tty,
 }
 
 impl Allow {
     fn word(self) -> &'static str {
         match self {
-            Self::OutsideTcp => "outside-tcp",
-            Self::OutsideUnix => "outside-unix",
-            Self::OutsidePipe => "outside-pipe",
-            Self::OutsideTty => "outside-tty",
+            Self::Tcp => "outside-tcp",
+            Self::Unix => "outside-unix",
+            Self::Pipe => "outside-pipe",
+            Self::Tty => "outside-tty",
         }
     }
 }

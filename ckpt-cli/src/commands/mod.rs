@@ -27,7 +27,9 @@ use std::{path::PathBuf, sync::atomic::AtomicBool};
 #[command(name = "ckpt", version, about, disable_help_subcommand = true, next_display_order = None)]
 #[command(after_help = "Exit codes: 0 done; 1 failed; 2 usage; 3 done, with parts left out as allowed; \
     4 cannot be checkpointed; 5 kernel or privilege lacking; 10 no store; 11 locked; 12 damaged; \
-    130 interrupted.")]
+    130 interrupted.\n\n\
+    Environment: CKPT_STORE, as --store; CKPT_SSH, the command to use for ssh (with its options); \
+    CKPT_REMOTE, the path of ckpt on other nodes; NO_COLOR.")]
 pub struct Cli {
     #[command(flatten)]
     global: Global,

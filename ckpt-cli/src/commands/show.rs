@@ -249,11 +249,11 @@ fn channels(checkpoint: &Checkpoint) -> Section {
             let (sender, receiver) = (&channel.ends[from], &channel.ends[to]);
             table.row([
                 name(sender.node),
-                sender.local.to_string(),
+                sender.position.local.to_string(),
                 name(receiver.node),
-                receiver.local.to_string(),
-                sender.written.to_string(),
-                receiver.received.to_string(),
+                receiver.position.local.to_string(),
+                sender.position.send_end.to_string(),
+                receiver.position.receive_next.to_string(),
                 bytes(channel.in_flight(from).into()),
             ]);
         }
@@ -283,6 +283,7 @@ pub(super) mod tests {
             Channel, ChannelEnd, DumpRecord, Manifest, NodeAddress, PackRef, PartRef, PhaseTime,
             ProcessSummary,
         },
+        tcp::Position,
     };
 
     /// A checkpoint of two nodes.
@@ -308,13 +309,19 @@ pub(super) mod tests {
                 rss: 40 << 20,
             }],
         };
-        let end = |node, local: &str, remote: &str, written, received| ChannelEnd {
+        let address = |text: &str| text.parse::<std::net::SocketAddr>().unwrap().into();
+        let end = |node, local: &str, peer: &str, send_end, receive_next| ChannelEnd {
             node,
-            local: local.parse().unwrap(),
-            remote: remote.parse().unwrap(),
-            acknowledged: written,
-            written,
-            received,
+            position: Position {
+                local: address(local),
+                peer: address(peer),
+                send_start: send_end - 100,
+                send_end,
+                receive_next,
+                window_end: receive_next,
+                finished: false,
+                peer_finished: false,
+            },
         };
         let phase = |phase: &str, us| PhaseTime { phase: phase.into(), us };
         let manifest = Manifest {
@@ -333,7 +340,7 @@ pub(super) mod tests {
             channels: vec![Channel {
                 ends: [
                     end(0, "10.0.0.1:6379", "10.0.0.2:40000", 5_000, 900),
-                    end(1, "10.0.0.2:40000", "10.0.0.1:6379", 900, 3_976),
+                    end(1, "10.0.0.2:40000", "10.0.0.1:6379", 900, 4_960),
                 ],
             }],
             phases: vec![phase("plan", 20_300), phase("cut", 7_100), phase("save", 1_200_000)],

@@ -33,10 +33,11 @@ fn failed(checkpoint: &Checkpoint, report: &VerifyReport) -> Failed {
     let message = format!("{} ({}) is damaged", checkpoint.name(), checkpoint.id.short());
     let mut failed = Failed::new(ExitCode::Damaged, message);
     for problem in &report.problems {
-        failed.details.push(match &problem.node {
+        let line = match &problem.node {
             Some(node) => format!("{node}: {}", problem.what),
             None => problem.what.clone(),
-        });
+        };
+        failed.details.push((line, json!({"node": problem.node, "problem": problem.what})));
     }
     failed.hint("`ckpt ls` shows other checkpoints")
 }
@@ -91,6 +92,7 @@ mod tests {
             problem(None, "TCP 10.0.0.1:1 -> 10.0.0.2:2: 3 bytes are at neither end"),
         ];
         let failed = failed(&sample(), &report);
-        insta::assert_snapshot!(format!("{whole}{}\n{}", failed.message, failed.details.join("\n")));
+        let lines: Vec<_> = failed.details.iter().map(|(line, _)| line.as_str()).collect();
+        insta::assert_snapshot!(format!("{whole}{}\n{}", failed.message, lines.join("\n")));
     }
 }

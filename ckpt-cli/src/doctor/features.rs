@@ -84,11 +84,7 @@ pub(super) fn privileges() -> Found {
         NEEDED.iter().filter(|(_, bit)| have >> bit & 1 == 0).map(|(name, _)| *name).collect();
     match missing[..] {
         [] => Ok(format!("user {}, all needed capabilities", nix::unistd::geteuid())),
-        _ => Err(format!(
-            "user {}, without CAP_{}; run as root",
-            nix::unistd::geteuid(),
-            missing.join(", CAP_")
-        )),
+        _ => Err(format!("user {} without CAP_{}", nix::unistd::geteuid(), missing.join(", CAP_"))),
     }
 }
 
@@ -174,12 +170,11 @@ pub(super) fn tcp_repair() -> Found {
     Ok("a socket went into repair mode and out of it".into())
 }
 
-pub(super) fn cgroup2() -> Found {
-    let mounts = procfs::process::Process::myself().and_then(|process| process.mountinfo()).map_err(text)?;
-    let cgroup2 = mounts.into_iter().find(|mount| mount.fs_type == "cgroup2");
-    cgroup2
-        .map(|mount| mount.mount_point.display().to_string())
-        .ok_or("no cgroup2 file system is mounted".into())
+/// Loads and attaches the programs of the traffic hold; with no socket to hold they let all pass.
+pub(super) fn hold() -> Found {
+    let hold = crate::network::hold::Hold::load().map_err(|error| format!("{error:#}"))?;
+    hold.release().map_err(|error| format!("{error:#}"))?;
+    Ok("programs were attached to the root of the cgroup2 tree".into())
 }
 
 pub(super) fn userfaultfd() -> Found {

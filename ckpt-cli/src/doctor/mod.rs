@@ -28,7 +28,7 @@ pub fn probe(store: &Path) -> Vec<Probe> {
         ("clone3 set_tid", Missing, "the same PIDs after a restore", features::set_tid()),
         ("PAGEMAP_SCAN", Missing, "finding the pages to save", features::pagemap_scan()),
         ("TCP_REPAIR", Missing, "connections", features::tcp_repair()),
-        ("cgroup2", Degraded, "connections (the traffic hold is attached to its root)", features::cgroup2()),
+        ("BPF on cgroups", Missing, "connections", features::hold()),
         ("userfaultfd", Degraded, "saving only what was modified", features::userfaultfd()),
         ("store", Missing, "checkpoints", store_state(store)),
     ];
@@ -40,6 +40,11 @@ pub fn probe(store: &Path) -> Vec<Probe> {
         Probe { name: name.to_owned(), state, detail, needed_for: needed_for.to_owned() }
     };
     probes.into_iter().map(probe).collect()
+}
+
+/// Have we the privileges that dump and restore need? If not: what is missing.
+pub fn privileges() -> Result<(), String> {
+    features::privileges().map(drop)
 }
 
 /// Can checkpoints be written here?

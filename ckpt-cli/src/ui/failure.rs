@@ -60,10 +60,8 @@ pub struct Failed {
     pub code: ExitCode,
     /// One line; empty where all has been said.
     pub message: String,
-    /// Indented lines below it.
-    pub details: Vec<String>,
-    /// The details for programs.
-    pub blockers: Vec<Value>,
+    /// Indented lines below it, and what programs get to read instead.
+    pub details: Vec<(String, Value)>,
     /// What to do about it.
     pub hints: Vec<String>,
     /// What is good to know, such as that nothing was touched.
@@ -73,14 +71,7 @@ pub struct Failed {
 impl Failed {
     /// A failure with an exit code and a message.
     pub fn new(code: ExitCode, message: impl Into<String>) -> Self {
-        Self {
-            code,
-            message: message.into(),
-            details: Vec::new(),
-            blockers: Vec::new(),
-            hints: Vec::new(),
-            notes: Vec::new(),
-        }
+        Self { code, message: message.into(), details: Vec::new(), hints: Vec::new(), notes: Vec::new() }
     }
 
     /// A failure of no special kind.
@@ -136,15 +127,16 @@ impl Failed {
             .collect();
         let width = heads.iter().map(String::len).max().unwrap_or_default();
         for (head, (node, blocker)) in heads.iter().zip(blockers) {
-            failed.details.push(format!("{head:width$}  {}", blocker.reason).trim_start().to_owned());
-            failed.blockers.push(json!({
+            let line = format!("{head:width$}  {}", blocker.reason).trim_start().to_owned();
+            let document = json!({
                 "node": node,
                 "pid": blocker.pid,
                 "process": blocker.process,
                 "item": blocker.item,
                 "reason": blocker.reason,
                 "allow": blocker.allow,
-            }));
+            });
+            failed.details.push((line, document));
             if let Some(allow) = &blocker.allow {
                 let hint = format!("--allow {allow} lets it pass: it comes back closed or disconnected");
                 if !failed.hints.contains(&hint) {
@@ -161,8 +153,7 @@ impl Failed {
             "type": "error",
             "exit_code": self.code as u8,
             "message": self.message,
-            "blockers": self.blockers,
-            "details": self.details,
+            "details": self.details.iter().map(|(_, document)| document).collect::<Vec<_>>(),
             "hints": self.hints,
             "notes": self.notes,
         });
@@ -206,7 +197,7 @@ mod tests {
 
     fn text(failed: &Failed) -> String {
         let mut text = format!("error: {}\n", failed.message);
-        text.extend(failed.details.iter().map(|line| format!("  {line}\n")));
+        text.extend(failed.details.iter().map(|(line, _)| format!("  {line}\n")));
         text.extend(failed.hints.iter().map(|line| format!("hint: {line}\n")));
         text.extend(failed.notes.iter().map(|line| format!("note: {line}\n")));
         text

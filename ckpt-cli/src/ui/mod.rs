@@ -113,7 +113,7 @@ impl Ui {
             return;
         }
         self.line("error", "31;1", &failed.message);
-        let mut rest = failed.details.iter().map(|line| format!("  {line}\n")).collect::<String>();
+        let mut rest = failed.details.iter().map(|(line, _)| format!("  {line}\n")).collect::<String>();
         rest.extend(failed.hints.iter().map(|hint| self.labelled("hint", "36", hint)));
         rest.extend(failed.notes.iter().map(|note| self.labelled("note", "36", note)));
         // Nobody to tell when stderr is closed.

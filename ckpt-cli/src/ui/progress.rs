@@ -32,8 +32,7 @@ impl Observer for Progress {
         self.bar.set_message(match phase {
             Phase::Plan => "looking at the job",
             Phase::Arm => "getting ready",
-            Phase::Cut => "freezing the job",
-            Phase::Settle => "taking what connections have received",
+            Phase::Cut | Phase::Settle => "freezing the job",
             Phase::Run => "letting the job run on",
             Phase::Save => "saving",
             Phase::Commit => "committing",

@@ -14,15 +14,16 @@ use ckpt_common::{
         MemoryId, PAGE_SIZE,
         file::{FileId, OpenFile},
         manifest::ProcessSummary,
-        tcp,
+        tcp::Position,
     },
     wire::{
-        Blocker, ConnectTask, Connection, CutReport, DumpOptions, FailureClass, PlanReport, Position,
-        RestoreOptions, RestoreReport,
+        Blocker, Connection, CutReport, DumpOptions, FailureClass, NetworkTask, PlanReport, RestoreOptions,
+        RestoreReport,
     },
 };
 use std::{
     fs,
+    net::SocketAddr,
     path::PathBuf,
     process::{Command, Stdio},
 };
@@ -43,15 +44,21 @@ impl FakeEngine {
         Ok(fs::write(self.path(name), text)?)
     }
 
+    /// Lines of: local address, other address, send start, send end, next to receive.
     fn connections(&self) -> Result<Vec<Connection>> {
         let text = fs::read_to_string(self.path("connections")).unwrap_or_default();
         let connection = |line: &str| -> Result<Connection> {
             let words: Vec<_> = line.split_whitespace().collect();
-            let (local, remote) = (words[0].parse()?, words[1].parse()?);
+            let (local, remote): (SocketAddr, SocketAddr) = (words[0].parse()?, words[1].parse()?);
             let position = Position {
-                acknowledged: words[2].parse()?,
-                written: words[3].parse()?,
-                received: words[4].parse()?,
+                local: local.into(),
+                peer: remote.into(),
+                send_start: words[2].parse()?,
+                send_end: words[3].parse()?,
+                receive_next: words[4].parse()?,
+                window_end: 0,
+                finished: false,
+                peer_finished: false,
             };
             Ok(Connection { pid: 1, fd: 5, local, remote, peer_closed: false, position: Some(position) })
         };
@@ -87,22 +94,7 @@ impl Engine for FakeEngine {
         _: &RestoreOptions,
     ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
         assert_eq!(part.read::<OpenFile>()?.len(), 1);
-        let positions = self.connections()?.iter().map(tcp_position).collect();
-        Ok((Box::new(FakeRestore(self.clone())), RestoreReport { positions, ..Default::default() }))
-    }
-}
-
-fn tcp_position(connection: &Connection) -> tcp::Position {
-    let position = connection.position.expect("every line has one");
-    tcp::Position {
-        local: connection.local.into(),
-        peer: connection.remote.into(),
-        send_start: position.acknowledged,
-        send_end: position.written,
-        receive_next: position.received,
-        window_end: position.received,
-        finished: false,
-        peer_finished: false,
+        Ok((Box::new(FakeRestore(self.clone())), RestoreReport::default()))
     }
 }
 
@@ -160,8 +152,8 @@ impl Drop for FakeDump {
 struct FakeRestore(FakeEngine);
 
 impl RestoreSession for FakeRestore {
-    fn build(&mut self, task: &ConnectTask) -> Result<()> {
-        let line = |peer: &tcp::Position| format!("{} {} {}\n", peer.peer, peer.local, peer.receive_next);
+    fn build(&mut self, task: &NetworkTask) -> Result<()> {
+        let line = |peer: &Position| format!("{} {} {}\n", peer.local, peer.peer, peer.receive_next);
         self.0.put("peers", &task.peers.iter().map(line).collect::<String>())?;
         self.0.put("built", &std::process::id().to_string())
     }

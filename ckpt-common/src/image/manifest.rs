@@ -7,10 +7,10 @@
 //! changed byte is found. The body names each part by hash, a part names its packs by hash: the id
 //! vouches for the whole checkpoint.
 
-use super::{Digest, FormatError};
+use super::{Digest, FormatError, tcp::Position};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 /// Format that this code writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
@@ -150,42 +150,33 @@ pub struct Channel {
     pub ends: [ChannelEnd; 2],
 }
 
-/// One end of a TCP connection. Positions are sequence numbers, modulo 2^32; a FIN counts as one.
+/// One end of a TCP connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelEnd {
     /// Index of the node in [`Manifest::nodes`].
     pub node: u32,
-    /// Own address.
-    pub local: SocketAddr,
-    /// The other end's address, as this end knows it.
-    pub remote: SocketAddr,
-    /// First byte that the other end has not acknowledged (`snd_una`).
-    pub acknowledged: u32,
-    /// First byte that the program has not written yet (`write_seq`).
-    pub written: u32,
-    /// First byte that has not been received (`rcv_nxt`).
-    pub received: u32,
+    /// Where it stands.
+    pub position: Position,
 }
 
 impl Channel {
-    /// Bytes on their way from end `from` to the other: written, not yet received.
+    /// Bytes on their way from end `from` (0 or 1) to the other: written, not yet received; none
+    /// where the ends do not fit.
     pub fn in_flight(&self, from: usize) -> u32 {
-        self.ends[from].written.wrapping_sub(self.ends[1 - from].received)
+        let (sender, receiver) = (&self.ends[from].position, &self.ends[1 - from].position);
+        sender.in_flight(receiver).map_or(0, |flight| flight.bytes)
     }
 
     /// Is every byte at one of the ends? If not: why.
     pub fn check(&self) -> Result<(), String> {
-        for (from, to) in [(0, 1), (1, 0)] {
-            let (sender, receiver) = (&self.ends[from], &self.ends[to]);
-            let name = format!("TCP {} -> {}", sender.local, sender.remote);
-            if (sender.written.wrapping_sub(receiver.received) as i32) < 0 {
-                let ahead = receiver.received.wrapping_sub(sender.written);
-                return Err(format!("{name}: the receiver is {ahead} bytes ahead of its sender"));
-            }
-            if (receiver.received.wrapping_sub(sender.acknowledged) as i32) < 0 {
-                let gap = sender.acknowledged.wrapping_sub(receiver.received);
-                return Err(format!("{name}: {gap} bytes are at neither end"));
-            }
+        let [a, b] = &self.ends;
+        if !a.position.matches(&b.position) {
+            return Err(format!("TCP {}: its two ends are of different connections", a.position.local));
+        }
+        for (sender, receiver) in [(a, b), (b, a)] {
+            let (from, to) = (sender.position.local, receiver.position.local);
+            let flight = sender.position.in_flight(&receiver.position);
+            flight.map_err(|misfit| format!("TCP {from} -> {to}: {misfit}"))?;
         }
         Ok(())
     }
@@ -300,14 +291,21 @@ mod tests {
         }
     }
 
+    /// Positions: start and end of sending, next to receive.
     fn channel(a: [u32; 3], b: [u32; 3]) -> Channel {
-        let end = |local: &str, remote: &str, [acknowledged, written, received]: [u32; 3]| ChannelEnd {
+        let address = |text: &str| text.parse::<std::net::SocketAddr>().unwrap().into();
+        let end = |local, peer, [send_start, send_end, receive_next]: [u32; 3]| ChannelEnd {
             node: 0,
-            local: local.parse().unwrap(),
-            remote: remote.parse().unwrap(),
-            acknowledged,
-            written,
-            received,
+            position: Position {
+                local: address(local),
+                peer: address(peer),
+                send_start,
+                send_end,
+                receive_next,
+                window_end: receive_next,
+                finished: false,
+                peer_finished: false,
+            },
         };
         Channel { ends: [end("10.0.0.1:1", "10.0.0.2:2", a), end("10.0.0.2:2", "10.0.0.1:1", b)] }
     }
@@ -338,9 +336,12 @@ mod tests {
         let good = channel([u32::MAX - 10, 15, 100], [100, 100, u32::MAX - 4]);
         assert_eq!((good.check(), good.in_flight(0), good.in_flight(1)), (Ok(()), 20, 0));
         let ahead = channel([10, 20, 0], [0, 0, 25]).check().unwrap_err();
-        assert!(ahead.ends_with("the receiver is 5 bytes ahead of its sender"), "{ahead}");
+        assert!(ahead.ends_with("5 bytes were received that the sender had not written"), "{ahead}");
         let gap = channel([10, 20, 0], [0, 0, 7]).check().unwrap_err();
-        assert!(gap.ends_with("3 bytes are at neither end"), "{gap}");
+        assert!(gap.ends_with("3 bytes were acknowledged and not captured"), "{gap}");
+        let mut strangers = channel([0; 3], [0; 3]);
+        strangers.ends[1].position.local.port = 9;
+        assert!(strangers.check().unwrap_err().ends_with("different connections"));
     }
 
     proptest! {

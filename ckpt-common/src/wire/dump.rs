@@ -1,6 +1,9 @@
 //! Messages of a dump.
 
-use crate::image::manifest::{NodeAddress, ProcessSummary};
+use crate::image::{
+    manifest::{NodeAddress, ProcessSummary},
+    tcp::Position,
+};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -97,19 +100,8 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// Has the other end sent its FIN? Then it may be gone, and this end still has a meaning.
     pub peer_closed: bool,
-    /// Positions, once the cut is done.
+    /// Where it stands, once both halves of the cut are done.
     pub position: Option<Position>,
-}
-
-/// Where a connection stands. Sequence numbers modulo 2^32; a FIN counts as one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Position {
-    /// First byte that the other end has not acknowledged (`snd_una`).
-    pub acknowledged: u32,
-    /// First byte that the program has not written yet (`write_seq`).
-    pub written: u32,
-    /// First byte that has not been received (`rcv_nxt`).
-    pub received: u32,
 }
 
 /// What is known after the cut.

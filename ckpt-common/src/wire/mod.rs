@@ -21,8 +21,8 @@
 //!              |-------------------------------->| trackers, traffic hold       | runs
 //!              | Cut                             |                              |
 //!              |-------------------------------->| freeze, take state           | FROZEN
-//!              | Settle         (if there is TCP, when all have cut)            |
-//!              |-------------------------------->| take what was received       | FROZEN
+//!              | Settle: every sender is cut     |                              |
+//!              |-------------------------------->| what sockets have received   | FROZEN
 //!              |    connections matched, positions compared                     |
 //!              | Run            (not with stop)  |                              |
 //!              |-------------------------------->| thaw                         | runs
@@ -132,7 +132,7 @@ pub enum Phase {
     Arm,
     /// Dump: freeze and take the state.
     Cut,
-    /// Take what connections have received.
+    /// Dump: take what connections have received, now that every sender is cut.
     Settle,
     /// Dump: let the job run on.
     Run,
@@ -225,7 +225,7 @@ pub enum Request {
     Arm,
     /// [`Phase::Cut`].
     Cut,
-    /// Take what TCP connections have received, now that every node has cut. Nothing runs yet.
+    /// [`Phase::Settle`].
     Settle,
     /// [`Phase::Run`].
     Run,
@@ -236,7 +236,7 @@ pub enum Request {
     /// [`Phase::Plan`] of a restore.
     PlanRestore(RestoreTask),
     /// [`Phase::Build`].
-    Build(ConnectTask),
+    Build(NetworkTask),
     /// [`Phase::Connect`].
     Connect,
     /// [`Phase::Release`].
@@ -265,7 +265,7 @@ pub enum Response {
     Planned(PlanReport),
     /// To [`Request::Cut`].
     Cut(CutReport),
-    /// TCP connections with their positions.
+    /// To [`Request::Settle`]: TCP connections with their positions.
     Settled(Vec<Connection>),
     /// To [`Request::Save`].
     Saved(PartRef),

@@ -1,8 +1,10 @@
 //! Messages of a restore.
 
 use super::Blocker;
-use crate::image::manifest::{NodeAddress, PartRef};
-use crate::image::tcp::Position;
+use crate::image::{
+    manifest::{NodeAddress, PartRef},
+    tcp::Position,
+};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -61,15 +63,14 @@ pub struct RestoreReport {
     pub blockers: Vec<Blocker>,
     /// The node's addresses, without those of loopback interfaces.
     pub addresses: Vec<NodeAddress>,
-    /// Where the part's TCP connections stand.
-    pub positions: Vec<Position>,
 }
 
 /// How the job's connections find each other again.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectTask {
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NetworkTask {
     /// For each address of a node at the dump, the address of the node that takes its place.
     pub addresses: Vec<(IpAddr, IpAddr)>,
-    /// For each end, on this node, of a connection inside the job: where the other end stands.
+    /// For each end, on this node, of a connection inside the job: where the other end stands, in
+    /// addresses of the dump.
     pub peers: Vec<Position>,
 }

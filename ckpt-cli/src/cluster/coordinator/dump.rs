@@ -16,10 +16,11 @@ use ckpt_common::{
         Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector,
     },
 };
+use crossbeam_channel::RecvTimeoutError;
 use std::{
     cell::RefCell,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -139,7 +140,7 @@ impl Run<'_> {
         };
         let settle = || ask_all(links, self.context, |_| Request::Settle, take);
         let connections = self.phase(Phase::Settle, settle)?;
-        let channels = self.channels(links, &plans, &cuts, connections)?;
+        let channels = self.channels(links, &plans, connections)?;
         if !stop {
             self.phase(Phase::Run, || ask_all(links, self.context, |_| Request::Run, done))?;
         }
@@ -243,28 +244,23 @@ impl Run<'_> {
         &self,
         links: &[Link],
         plans: &[PlanReport],
-        cuts: &[CutReport],
         connections: Vec<Vec<Connection>>,
     ) -> Result<Vec<Channel>> {
-        let view = |((plan, cut), connections): ((&PlanReport, &CutReport), _)| PlanReport {
-            processes: cut.processes.clone(),
-            connections,
+        let report = |(plan, connections): (&PlanReport, _)| PlanReport {
+            processes: plan.processes.clone(),
             addresses: plan.addresses.clone(),
+            connections,
             ..Default::default()
         };
-        let reports: Vec<_> = plans.iter().zip(cuts).zip(connections).map(view).collect();
+        let reports: Vec<_> = plans.iter().zip(connections).map(report).collect();
         let (far, near) = outside(links, &reports);
         let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
         if let Some((node, blocker)) = unexpected {
             let (pid, reason) = (blocker.pid, blocker.reason);
             return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
         }
-        let views: Vec<_> = reports
-            .iter()
-            .map(|report| NodeView { connections: &report.connections, addresses: &report.addresses })
-            .collect();
-        let inside = channels::sort(&views).inside;
-        channels::table(&views, &inside).map_err(ClusterError::Changed)
+        let views = views(&reports);
+        channels::table(&views, &channels::sort(&views).inside).map_err(ClusterError::Changed)
     }
 
     fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<PartRef>> {
@@ -274,17 +270,18 @@ impl Run<'_> {
             Response::Saved(part) => Some(part),
             _ => None,
         };
-        let done = AtomicBool::new(false);
+        let observer = self.context.observer;
+        let (end, ended) = crossbeam_channel::bounded::<()>(0);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
+            scope.spawn(move || {
+                let look = Duration::from_millis(50);
+                while ended.recv_timeout(look) == Err(RecvTimeoutError::Timeout) {
                     let now: u64 = links.iter().map(Link::progress).sum();
-                    self.context.observer.saved(now.saturating_sub(before).min(of), of);
-                    thread::sleep(Duration::from_millis(50));
+                    observer.saved(now.saturating_sub(before).min(of), of);
                 }
             });
             let parts = ask_all(links, self.context, |_| Request::Save, take);
-            done.store(true, Ordering::Relaxed);
+            drop(end);
             parts
         })
     }
@@ -322,10 +319,6 @@ impl Run<'_> {
 
 /// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
 fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
-    let views: Vec<_> = plans
-        .iter()
-        .map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses })
-        .collect();
     let blocker = |&(node, index): &(usize, usize)| {
         let (plan, connection) = (&plans[node], &plans[node].connections[index]);
         let process = plan.processes.iter().find(|process| process.pid == connection.pid);
@@ -344,9 +337,13 @@ fn outside(links: &[Link], plans: &[PlanReport]) -> (OnNodes, OnNodes) {
         let mut all = plans.iter().flat_map(|plan| &plan.addresses);
         remote.is_loopback() || all.any(|own| own.address.to_canonical() == remote)
     };
-    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views)
+    let (near, far): (Vec<_>, Vec<_>) = channels::sort(&views(plans))
         .outside
         .into_iter()
         .partition(|end| own(channels::canonical(plans[end.0].connections[end.1].remote).ip()));
     (far.iter().map(blocker).collect(), near.iter().map(blocker).collect())
+}
+
+fn views(plans: &[PlanReport]) -> Vec<NodeView<'_>> {
+    plans.iter().map(|plan| NodeView { connections: &plan.connections, addresses: &plan.addresses }).collect()
 }

@@ -8,9 +8,8 @@ use crate::{
 };
 use ckpt_common::{
     image::manifest::{Checkpoint, Manifest, NodePart, PhaseTime},
-    image::tcp::Position,
     wire::{
-        ConnectTask, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport, RestoreTask, Stdio,
+        NetworkTask, Phase, PidPolicy, Request, Response, RestoreOptions, RestoreReport, RestoreTask, Stdio,
     },
 };
 use std::{
@@ -122,7 +121,7 @@ impl Run<'_> {
     fn phases(&self, links: &[Link]) -> Result<(Vec<Vec<i32>>, Vec<PathBuf>)> {
         let logs = self.logs()?;
         let reports = self.phase(Phase::Plan, || self.plan(links, &logs))?;
-        let tasks = connect_tasks(&self.checkpoint.manifest, &reports);
+        let tasks = network_tasks(&self.checkpoint.manifest, &reports);
         let request = |node: usize| Request::Build(tasks[node].clone());
         self.phase(Phase::Build, || ask_all(links, self.context, request, done))?;
         self.phase(Phase::Connect, || ask_all(links, self.context, |_| Request::Connect, done))?;
@@ -177,21 +176,18 @@ impl Run<'_> {
 }
 
 /// What each node must know of the others: the address map, the same for all, and where the other
-/// end of each of its connections stands. Loopback connections have both ends on one node; others
-/// are looked for on all.
-fn connect_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<ConnectTask> {
+/// end of each of its connections stands.
+fn network_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<NetworkTask> {
     let pairs =
         |(node, report): (&NodePart, &RestoreReport)| addresses::map(&node.addresses, &report.addresses);
     let addresses: Vec<_> = manifest.nodes.iter().zip(reports).flat_map(pairs).collect();
-    let peers = |report: &RestoreReport| {
-        let own = |end: &Position| {
-            let all: Vec<&Position> = match end.local.ip.is_loopback() {
-                true => report.positions.iter().collect(),
-                false => reports.iter().flat_map(|report| &report.positions).collect(),
-            };
-            all.into_iter().find(|other| other.local == end.peer && other.peer == end.local).copied()
-        };
-        report.positions.iter().filter_map(own).collect()
+    let peers = |node: usize| {
+        let ends = manifest.channels.iter().flat_map(|channel| {
+            let [a, b] = &channel.ends;
+            [(a, b), (b, a)]
+        });
+        ends.filter(|(own, _)| own.node as usize == node).map(|(_, other)| other.position).collect()
     };
-    reports.iter().map(|report| ConnectTask { addresses: addresses.clone(), peers: peers(report) }).collect()
+    let task = |node| NetworkTask { addresses: addresses.clone(), peers: peers(node) };
+    (0..manifest.nodes.len()).map(task).collect()
 }
