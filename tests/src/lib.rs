@@ -1,4 +1,5 @@
 //! What the tests share: the test cluster and the workloads.
 
 pub mod cluster;
+pub mod job;
 pub mod stream;

@@ -1,0 +1,177 @@
+//! A job on this machine, dumped, killed and restored with the real `ckpt`.
+
+use crate::cluster::{build_folder, only_standard_streams};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long a test waits for something that should happen soon.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A directory with a store and whatever the job writes. Dropping it ends the job.
+#[derive(Debug)]
+pub struct Job {
+    directory: TempDir,
+    name: String,
+    pid: i32,
+}
+
+impl Job {
+    /// An empty place for a job.
+    pub fn new(name: &str) -> Result<Self> {
+        Ok(Self {
+            directory: TempDir::with_prefix(format!("ckpt-test-{name}-"))?,
+            name: name.to_owned(),
+            pid: 0,
+        })
+    }
+
+    /// Where the job runs.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A path in the job's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// PID of the job's first process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Starts the job: a session of its own, no descriptor of ours, output to the file `out`.
+    pub fn start(&mut self, command: &[&str]) -> Result<()> {
+        self.start_with(command, |_| {})
+    }
+
+    /// As [`Self::start`], with changes to the command.
+    pub fn start_with(&mut self, command: &[&str], change: impl FnOnce(&mut Command)) -> Result<()> {
+        let out = File::create(self.path("out"))?;
+        let mut start = Command::new(command[0]);
+        start.args(&command[1..]).current_dir(self.directory()).stdin(Stdio::null());
+        start.stdout(out.try_clone()?).stderr(out).env_remove("RUST_BACKTRACE");
+        change(&mut start);
+        // SAFETY: between fork and exec only setsid(2) is called, which is async-signal-safe.
+        unsafe { start.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
+        only_standard_streams(&mut start);
+        let mut child = start.spawn().with_context(|| format!("starting {command:?}"))?;
+        self.pid = child.id() as i32;
+        // Reaped at once, whenever it ends: its PID must be free for the restored process.
+        std::thread::spawn(move || child.wait());
+        Ok(())
+    }
+
+    /// Runs `ckpt` with the job's store.
+    pub fn ckpt(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(build_folder()?.join("ckpt"));
+        command.arg("--store").arg(self.path("store")).args(arguments).stdin(Stdio::null());
+        command.env_remove("RUST_BACKTRACE").output().context("running ckpt")
+    }
+
+    /// Runs `ckpt`, which must succeed.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.ckpt(arguments)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        ensure!(
+            output.status.success(),
+            "ckpt {arguments:?}: {}{}",
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        Ok(text(&output.stdout))
+    }
+
+    /// A checkpoint; with `stop` the job is gone afterwards.
+    pub fn dump(&self, stop: bool) -> Result<String> {
+        let pid = self.pid.to_string();
+        let mut arguments = vec!["dump", "--pid", &pid, "--name", &self.name];
+        if stop {
+            arguments.push("--stop");
+        }
+        let text = self.ok(&arguments)?;
+        if stop {
+            self.until("the job is gone", || Ok(!Path::new(&format!("/proc/{}", self.pid)).exists()))?;
+        }
+        Ok(text)
+    }
+
+    /// Brings the newest checkpoint back under the same PIDs.
+    pub fn restore(&self) -> Result<String> {
+        self.ok(&["restore", &self.name, "--pids", "same"])
+    }
+
+    /// Dump, kill, restore.
+    pub fn cycle(&self) -> Result<()> {
+        self.dump(true)?;
+        self.restore()?;
+        Ok(())
+    }
+
+    /// Is the first process there, and not just a zombie?
+    pub fn is_running(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
+    }
+
+    /// Waits for the end of the first process.
+    pub fn wait(&self) -> Result<()> {
+        self.until("the job has ended", || Ok(!self.is_running()))
+    }
+
+    /// Sends a signal to the first process.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let signal = nix::sys::signal::Signal::try_from(signal)?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), signal).context("signalling the job")
+    }
+
+    /// What the job has written to its standard streams.
+    pub fn output(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&fs::read(self.path("out"))?).into_owned())
+    }
+
+    /// Waits until the job has written this.
+    pub fn until_output(&self, text: &str) -> Result<()> {
+        let done = || Ok(self.output()?.contains(text));
+        self.until(&format!("the job says {text:?}"), done)
+            .with_context(|| format!("it said:\n{}", self.output().unwrap_or_default()))
+    }
+
+    /// Waits for a condition.
+    pub fn until(&self, what: &str, condition: impl Fn() -> Result<bool>) -> Result<()> {
+        let start = Instant::now();
+        while !condition()? {
+            if start.elapsed() > PATIENCE {
+                bail!("{what}: not within {PATIENCE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Lets the job run for a moment.
+    pub fn pause(&self, milliseconds: u64) {
+        std::thread::sleep(Duration::from_millis(milliseconds));
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if self.pid == 0 {
+            return;
+        }
+        if std::thread::panicking() {
+            // Shown with the failed test: the directory goes.
+            let mut stderr = std::io::stderr();
+            let _ = std::io::Write::write_all(&mut stderr, self.output().unwrap_or_default().as_bytes());
+        }
+        for pid in ckpt_cli::tracee::proc::tree(self.pid).into_iter().rev() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+        }
+    }
+}
