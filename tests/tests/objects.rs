@@ -1,0 +1,92 @@
+//! Self-checking workloads, one per kind of state: set up before the checkpoint, verified after two restores.
+
+use anyhow::{Context, Result, ensure};
+use ckpt_tests::job::Job;
+use std::path::Path;
+use std::process::Command;
+
+/// Builds `workloads/NAME.c` into the job's directory.
+fn build(job: &Job, name: &str) -> Result<String> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads").join(format!("{name}.c"));
+    let program = job.path(name);
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-mavx2", "-pthread", "-o"]).arg(&program).arg(source);
+    let output = gcc.output().context("running gcc")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(program.display().to_string())
+}
+
+/// Undisturbed, left running through three dumps, and through two cycles: it must say pass each time.
+fn survives(name: &str) -> Result<()> {
+    for (dumps, cycles) in [(0, 0), (3, 0), (0, 2)] {
+        let mut job = Job::new(name)?;
+        let program = build(&job, name)?;
+        job.start(&[&program])?;
+        job.until_output("ready")?;
+        job.pause(100);
+        for _ in 0..dumps {
+            job.dump(false)?;
+            job.pause(50);
+        }
+        for _ in 0..cycles {
+            job.cycle()?;
+            job.pause(100);
+        }
+        ensure!(job.is_running(), "it ended with {dumps} dumps and {cycles} cycles:\n{}", job.output()?);
+        job.signal(libc::SIGUSR1)?;
+        job.wait()?;
+        let output = job.output()?;
+        ensure!(output.ends_with("pass\n"), "after {dumps} dumps and {cycles} cycles:\n{output}");
+    }
+    Ok(())
+}
+
+#[test]
+fn threads_with_registers_tls_fpu_and_signals() -> Result<()> {
+    survives("threads")
+}
+
+#[test]
+fn mappings_of_every_kind() -> Result<()> {
+    survives("mappings")
+}
+
+#[test]
+fn signals_and_timers() -> Result<()> {
+    survives("signals")
+}
+
+#[test]
+fn trees_sessions_groups_and_zombies() -> Result<()> {
+    survives("tree")
+}
+
+#[test]
+fn pipes_and_fifos() -> Result<()> {
+    survives("pipes")
+}
+
+#[test]
+fn event_descriptors() -> Result<()> {
+    survives("events")
+}
+
+#[test]
+fn open_files_and_locks() -> Result<()> {
+    survives("files")
+}
+
+#[test]
+fn credentials_and_capabilities() -> Result<()> {
+    survives("credentials")
+}
+
+#[test]
+fn unix_sockets() -> Result<()> {
+    survives("unixes")
+}
+
+#[test]
+fn waiting_calls_do_not_see_the_freeze() -> Result<()> {
+    survives("calls")
+}
