@@ -58,8 +58,10 @@ impl Store {
             }
             let nodes = checkpoint.manifest.nodes.len();
             if channel.ends.iter().any(|end| end.node as usize >= nodes) {
-                let what =
-                    format!("TCP {}: one of its nodes is not in the checkpoint", channel.ends[0].position.local);
+                let what = format!(
+                    "TCP {}: one of its nodes is not in the checkpoint",
+                    channel.ends[0].position.local
+                );
                 report.problems.push(Problem { node: None, what });
             }
         }
