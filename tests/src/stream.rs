@@ -1,8 +1,11 @@
 //! Bytes that know their place in a stream, and the two ends of a connection that count them.
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// The byte at a position of the stream `seed`.
@@ -37,9 +40,17 @@ impl End {
     /// # Errors
     /// The connection is broken.
     pub fn write(&mut self, length: usize) -> Result<usize> {
+        self.stream.set_nonblocking(true)?;
+        self.write_now(length)
+    }
+
+    /// The same for a stream that does not block.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn write_now(&mut self, length: usize) -> Result<usize> {
         let (seed, position) = self.written;
         let data: Vec<u8> = (position..).take(length).map(|at| byte(seed, at)).collect();
-        self.stream.set_nonblocking(true)?;
         let mut done = 0;
         while done < length {
             match self.stream.write(&data[done..]) {
@@ -57,9 +68,17 @@ impl End {
     /// # Errors
     /// A wrong byte, or the connection is broken.
     pub fn read(&mut self, within: Duration) -> Result<Option<usize>> {
-        let mut buffer = vec![0; 256 << 10];
         self.stream.set_nonblocking(false)?;
         self.stream.set_read_timeout(Some(within))?;
+        self.read_now(256 << 10)
+    }
+
+    /// The same for a stream that does not block, up to `length` bytes.
+    ///
+    /// # Errors
+    /// A wrong byte, or the connection is broken.
+    pub fn read_now(&mut self, length: usize) -> Result<Option<usize>> {
+        let mut buffer = vec![0; length];
         let length = match self.stream.read(&mut buffer) {
             Ok(length) => length,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
@@ -112,4 +131,57 @@ pub fn check_both(one: &mut End, two: &mut End) -> Result<()> {
     }
     two.read_to(one.written.1)?;
     one.read_to(two.written.1)
+}
+
+/// What one process of the workload `ckpt-stream` tells.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// Per connection: the stream that is written, and how much of it; the one that is read, likewise.
+    pub streams: Vec<((u64, u64), (u64, u64))>,
+    /// The times when nothing was possible.
+    pub freezes: Vec<Freeze>,
+    /// All streams were read to their ends.
+    pub done: bool,
+    /// A byte was wrong, or a connection broke.
+    pub error: Option<String>,
+}
+
+/// A time when the process was not running.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Freeze {
+    /// How long, in milliseconds.
+    pub gap_ms: f64,
+    /// How long after it the last of the connections read something, in milliseconds.
+    pub stall_ms: f64,
+}
+
+impl Report {
+    /// The positions of all ends.
+    pub fn of(ends: &[End]) -> Self {
+        Self { streams: ends.iter().map(|end| (end.written, end.read)).collect(), ..Self::default() }
+    }
+
+    /// Bytes read in all.
+    pub fn received(&self) -> u64 {
+        self.streams.iter().map(|(_, read)| read.1).sum()
+    }
+
+    /// Replaces the report in a file.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let unfinished = path.with_extension("new");
+        fs::write(&unfinished, serde_json::to_vec(self)?)?;
+        fs::rename(&unfinished, path).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// The last report in a file.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
 }

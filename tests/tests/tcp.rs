@@ -11,7 +11,6 @@ use ckpt_tests::stream::{End, check_both, ends};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -143,99 +142,157 @@ fn a_reader_that_was_slow_gets_everything() -> Result<()> {
     Ok(())
 }
 
-/// Fifty connections at full speed in both directions, frozen at any moment, moved, and let go on.
-fn fifty_connections(hold: bool) -> Result<()> {
-    let moved = Moved::new()?;
-    let mut all = Vec::new();
-    for number in 0..50 {
-        let (one, two) = moved.connection(addresses(moved.node(2))[number % 3])?;
-        let (one, two) = ends(one, two, 2 * number as u64);
-        all.extend([one, two]);
-    }
-    let run = |all: &mut Vec<End>, time: Duration| -> Result<()> {
-        let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let work = |end: &mut End| -> Result<()> {
-                while !stop.load(Ordering::Relaxed) {
-                    end.write(300_000)?;
-                    // Some read less often than the others: their queues fill.
-                    if !end.read.0.is_multiple_of(3) || !end.written.1.is_multiple_of(4) {
-                        end.read(Duration::from_millis(1))?;
-                    }
-                }
-                Ok(())
-            };
-            let threads: Vec<_> = all.iter_mut().map(|end| scope.spawn(move || work(end))).collect();
-            sleep(time);
-            stop.store(true, Ordering::Relaxed);
-            threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
-        })
-    };
-    run(&mut all, Duration::from_millis(500))?;
+/// Fifty connections, written and read at full speed in both directions.
+struct Fifty {
+    ends: Vec<End>,
+}
 
-    let mut holding = Hold::load()?;
-    if hold {
-        let cookies: Vec<_> =
-            all.iter().map(|end| SocketCookie::of(&end.stream)).collect::<Result<_, _>>()?;
-        holding.add(cookies)?;
+impl Fifty {
+    fn new(moved: &Moved) -> Result<Self> {
+        let mut all = Vec::new();
+        for number in 0..50 {
+            let (one, two) = moved.connection(addresses(moved.node(2))[number % 3])?;
+            let (one, two) = ends(one, two, 2 * number as u64);
+            all.extend([one, two]);
+        }
+        Ok(Self { ends: all })
     }
-    let start = Instant::now();
-    let records: Vec<TcpSocket> = if hold {
-        all.iter().map(|end| tcp::capture(end.stream.as_fd())).collect::<Result<_, _>>()?
-    } else {
-        let halves: Vec<_> =
-            all.iter().map(|end| tcp::capture_sending(end.stream.as_fd())).collect::<Result<_, _>>()?;
-        let second = halves.into_iter().zip(&all).map(|(half, end)| half.receiving(end.stream.as_fd()));
-        second.collect::<Result<_, _>>()?
-    };
-    let captured = start.elapsed();
-    let mut in_flight = 0;
+
+    /// One thread per end does some work.
+    fn all<T: Send>(&mut self, work: impl Fn(usize, &mut End) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let start = |(index, end)| scope.spawn(move || work(index, end));
+            let threads: Vec<_> = self.ends.iter_mut().enumerate().map(start).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        })
+    }
+
+    fn run(&mut self, time: Duration) -> Result<()> {
+        let stop = Instant::now() + time;
+        self.all(|_, end| {
+            while Instant::now() < stop {
+                end.write(300_000)?;
+                // Some read less often than the others: their queues fill.
+                if !end.read.0.is_multiple_of(3) || !end.written.1.is_multiple_of(4) {
+                    end.read(Duration::from_millis(1))?;
+                }
+            }
+            Ok(())
+        })
+        .map(drop)
+    }
+
+    /// Nobody writes any more; the kernel goes on. Captures everything.
+    fn capture(&self, hold: bool) -> Result<(Vec<TcpSocket>, Hold)> {
+        let mut holding = Hold::load()?;
+        let all = &self.ends;
+        if hold {
+            let cookies = all.iter().map(|end| SocketCookie::of(&end.stream));
+            holding.add(cookies.collect::<Result<Vec<_>, _>>()?)?;
+            let captured = all.iter().map(|end| tcp::capture(end.stream.as_fd()));
+            return Ok((captured.collect::<Result<_, _>>()?, holding));
+        }
+        let halves = all.iter().map(|end| tcp::capture_sending(end.stream.as_fd()));
+        let halves: Vec<_> = halves.collect::<Result<_, _>>()?;
+        let second = halves.into_iter().zip(all).map(|(half, end)| half.receiving(end.stream.as_fd()));
+        Ok((second.collect::<Result<_, _>>()?, holding))
+    }
+
+    /// How long it takes until each end has read something that was under way at the cut.
+    fn stall(&mut self, records: &[TcpSocket], start: Instant) -> Result<Duration> {
+        let times = self.all(|index, end| {
+            let (us, other) = (&records[index], &records[index ^ 1]);
+            let positions = (us.position().context("us")?, other.position().context("other")?);
+            if positions.1.in_flight(&positions.0)?.bytes > 0 {
+                let received = us.stream().context("us")?.receiving.queue.len() as u64;
+                let target = end.read.1 + received + 1;
+                while end.read.1 < target {
+                    end.read(Duration::from_secs(20))?.context("nothing comes")?;
+                }
+            }
+            Ok(start.elapsed())
+        })?;
+        Ok(times.into_iter().max().unwrap_or_default())
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.run(Duration::from_millis(200))?;
+        for pair in self.ends.chunks_mut(2) {
+            let [one, two] = pair else { unreachable!() };
+            check_both(one, two)?;
+        }
+        Ok(())
+    }
+}
+
+fn in_flight(records: &[TcpSocket]) -> Result<u32> {
+    let mut sum = 0;
     for pair in records.chunks(2) {
         let (one, two) = (pair[0].position().context("one")?, pair[1].position().context("two")?);
-        in_flight += one.in_flight(&two)?.bytes + two.in_flight(&one)?.bytes;
+        sum += one.in_flight(&two)?.bytes + two.in_flight(&one)?.bytes;
     }
-    for end in &all {
+    Ok(sum)
+}
+
+fn fifty_connections_move(hold: bool) -> Result<()> {
+    let moved = Moved::new()?;
+    let mut fifty = Fifty::new(&moved)?;
+    fifty.run(Duration::from_millis(500))?;
+    let start = Instant::now();
+    let (records, holding) = fifty.capture(hold)?;
+    let captured = start.elapsed();
+    for end in &fifty.ends {
         tcp::silence(end.stream.as_fd())?;
     }
     let mut rebuilt = Vec::new();
     for (index, record) in records.iter().enumerate() {
         let (socket, fd) = moved.rebuild(3 + index % 2, record, Some(&records[index ^ 1]))?;
-        all[index].stream = fd.into();
+        fifty.ends[index].stream = fd.into();
         rebuilt.push(socket);
     }
     let dropped = holding.release()?;
     let start = Instant::now();
     rebuilt.into_iter().try_for_each(Rebuilt::connect)?;
     let connected = start.elapsed();
-    // The stall: until each end of each connection has received something new.
-    let mut worst = Duration::ZERO;
-    for index in 0..all.len() {
-        let written = all[index ^ 1].written.1;
-        if all[index].read.1 < written {
-            all[index].read(Duration::from_secs(20))?.context("nothing comes")?;
-            worst = worst.max(start.elapsed());
-        }
-    }
+    let stall = fifty.stall(&records, start)?;
     println!(
-        "50 connections: captured in {captured:?}, {in_flight} bytes in flight, {dropped:?}, connected in \
-         {connected:?}, data everywhere after {worst:?}"
+        "50 connections moved, hold {hold}: captured in {captured:?}, {} bytes in flight, {dropped:?}, connected \
+         in {connected:?}, all of it moving after {stall:?}",
+        in_flight(&records)?
     );
-    run(&mut all, Duration::from_millis(200))?;
-    for pair in all.chunks_mut(2) {
-        let [one, two] = pair else { unreachable!() };
-        check_both(one, two)?;
-    }
-    Ok(())
+    fifty.check()
 }
 
 #[test]
 fn fifty_busy_connections_move_under_a_hold() -> Result<()> {
-    fifty_connections(true)
+    fifty_connections_move(true)
 }
 
 #[test]
 fn fifty_busy_connections_move_without_a_hold() -> Result<()> {
-    fifty_connections(false)
+    fifty_connections_move(false)
+}
+
+#[test]
+fn fifty_busy_connections_go_on_after_a_capture() -> Result<()> {
+    let moved = Moved::new()?;
+    let mut fifty = Fifty::new(&moved)?;
+    for round in 0..6 {
+        let hold = round % 2 == 1;
+        fifty.run(Duration::from_millis(200))?;
+        let start = Instant::now();
+        let (records, holding) = fifty.capture(hold)?;
+        let captured = start.elapsed();
+        let dropped = holding.release()?;
+        let stall = fifty.stall(&records, Instant::now())?;
+        println!(
+            "50 connections left running, hold {hold}: captured in {captured:?}, {} bytes in flight, {dropped:?}, \
+             all of it moving after {stall:?}",
+            in_flight(&records)?
+        );
+    }
+    fifty.check()
 }
 
 #[test]
@@ -500,4 +557,63 @@ fn unconnected_sockets_come_back() -> Result<()> {
     assert_eq!(again.state, TcpState::Unconnected);
     assert_eq!(again.local.map(|local| local.ip), Some(moved.node(3).ip4.into()));
     Ok(())
+}
+
+/// Not a test of its own: the process that [`a_killed_capture_leaves_no_socket_in_repair_mode`] kills.
+#[test]
+fn capturer() -> Result<()> {
+    let Ok(fds) = std::env::var("CKPT_TEST_CAPTURE") else { return Ok(()) };
+    let parent = ckpt_cli::sys::pidfd::open(nix::unistd::getppid().as_raw())?;
+    let take =
+        |fd: &str| -> Result<OwnedFd> { Ok(ckpt_cli::sys::pidfd::getfd(parent.as_fd(), fd.parse()?)?) };
+    let sockets: Vec<OwnedFd> = fds.split(',').map(take).collect::<Result<_>>()?;
+    let guard = tcp::Guard::start()?;
+    for socket in &sockets {
+        guard.watch(socket.as_fd())?;
+        tcp::silence(socket.as_fd())?;
+    }
+    writeln!(std::io::stdout(), "\nin repair mode")?;
+    sleep(Duration::from_secs(60));
+    guard.dismiss()
+}
+
+#[test]
+fn a_killed_capture_leaves_no_socket_in_repair_mode() -> Result<()> {
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::AsRawFd;
+    let moved = Moved::new()?;
+    let (one, two) = moved.connection(moved.node(2).ip4.into())?;
+    let reuse =
+        |stream: &TcpStream| nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::ReuseAddr);
+    assert_eq!((reuse(&one)?, reuse(&two)?), (false, true));
+    let mut capturer = std::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", "capturer", "--nocapture"])
+        .env("CKPT_TEST_CAPTURE", format!("{},{}", one.as_raw_fd(), two.as_raw_fd()))
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let lines = BufReader::new(capturer.stdout.take().context("output")?).lines();
+    let ready = lines.map_while(Result::ok).any(|line| line == "in repair mode");
+    let (mut one, mut two) = ends(one, two, 3);
+    let broken = one.write(10);
+    capturer.kill()?;
+    capturer.wait()?;
+    ensure!(ready && broken.is_err(), "not in repair mode");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while one.write(10).is_err() || two.write(10).is_err() {
+        ensure!(Instant::now() < deadline, "still in repair mode");
+        sleep(Duration::from_millis(1));
+    }
+    check_both(&mut one, &mut two)?;
+    assert_eq!((reuse(&one.stream)?, reuse(&two.stream)?), (false, true));
+
+    // Dismissed, the guard changes nothing.
+    let start = Instant::now();
+    let guard = tcp::Guard::start()?;
+    for _ in 0..500 {
+        guard.watch(one.stream.as_fd())?;
+        guard.watch(two.stream.as_fd())?;
+    }
+    guard.dismiss()?;
+    println!("a guard came, saw 1000 sockets and went in {:?}", start.elapsed());
+    check_both(&mut one, &mut two)
 }

@@ -69,7 +69,7 @@ fn tests(command: &mut Command, closing: &mut Vec<String>) -> Result<()> {
     for line in lines {
         let line = String::from_utf8_lossy(&line?).into_owned();
         println!("{line}");
-        if line.starts_with("test result:") || line.starts_with("failures:") {
+        if line.starts_with("test result:") {
             closing.push(line);
         }
     }

@@ -153,7 +153,9 @@ impl Toolchain {
     fn versions(&self) -> Result<String> {
         let rustc = output(Command::new(self.rustc()).arg("-vV"))?;
         let linker = output(Command::new(self.folder.join("bin/bpf-linker")).arg("--version"))?;
-        Ok(format!("{rustc}\n{linker}"))
+        let llvm = fs::read_link(self.folder.join("llvm/lib/libLLVM.so")).context("LLVM of the linker")?;
+        let llvm = llvm.file_name().context("LLVM of the linker")?.display().to_string();
+        Ok(format!("{rustc}\n{linker}, with {llvm}"))
     }
 
     fn compile(&self, krate: &Path) -> Result<Vec<u8>> {

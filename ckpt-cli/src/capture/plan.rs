@@ -86,21 +86,41 @@ pub(super) fn outside(probe: &Probe, foreign: &HashSet<u64>) -> Option<OutsideKi
     }
 }
 
-/// Inodes of pipes and sockets that others have open.
+/// Inodes of pipes and sockets that processes outside the job have open.
 fn foreign(job: &HashSet<i32>) -> HashSet<u64> {
     let mut inodes = HashSet::new();
     for process in procfs::process::all_processes().into_iter().flatten().flatten() {
         if job.contains(&process.pid) || process.pid == std::process::id() as i32 {
             continue;
         }
+        let mut found = HashSet::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten().flatten() {
             let Ok(link) = std::fs::read_link(entry.path()) else { continue };
             let link = link.to_string_lossy();
             let inode = link.strip_prefix("pipe:[").or_else(|| link.strip_prefix("socket:["));
-            inodes.extend(inode.and_then(|i| i.trim_end_matches(']').parse::<u64>().ok()));
+            found.extend(inode.and_then(|i| i.trim_end_matches(']').parse::<u64>().ok()));
+        }
+        // A child that the job has forked meanwhile is no outsider.
+        if !found.is_empty() && !descends(process.pid, job) {
+            inodes.extend(found);
         }
     }
     inodes
+}
+
+/// Is the process a descendant of the job, or gone?
+fn descends(pid: i32, job: &HashSet<i32>) -> bool {
+    let mut at = pid;
+    while at > 1 {
+        if job.contains(&at) {
+            return true;
+        }
+        match Proc::new(at).and_then(|p| p.stat()) {
+            Ok(stat) => at = stat.ppid,
+            Err(_) => return at == pid,
+        }
+    }
+    false
 }
 
 /// Lists the processes and everything that stands in the way.
@@ -140,9 +160,9 @@ pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
             );
             continue;
         }
-        // A process that ends while we look is no obstacle.
+        // A process that ends while we look is no obstacle: it gives up its memory first of all.
         if let Err(error) = check.all(&proc, stat.ppid, &job)
-            && proc.is_alive()
+            && proc.statm().is_ok_and(|m| m.size != 0)
         {
             check.block("the process", &format!("it could not be examined: {error:#}"));
         }

@@ -2,7 +2,6 @@
 
 use super::descriptors::Table;
 use super::{address_space, thread};
-use crate::sys::task;
 use crate::tracee::freeze::{FrozenProcess, scratch};
 use crate::tracee::healing::Finder;
 use crate::tracee::{Arena, Batch, Done, Stopped, TraceeError, proc};
@@ -72,10 +71,6 @@ pub(super) fn capture(
         proc::link(pid, "cwd").context("reading the working directory")?.to_string_lossy().into_owned();
     process.root =
         proc::link(pid, "root").context("reading the root directory")?.to_string_lossy().into_owned();
-    process.limits = (0..LIMITS)
-        .map(|n| task::limit(pid, n).map(|(soft, hard)| (n, soft, hard)))
-        .collect::<std::io::Result<_>>()
-        .context("reading resource limits")?;
     process.oom_score_adj = i32::from(proc.oom_score_adj().unwrap_or(0));
     process.fds = table.descriptors(pid);
 
@@ -131,6 +126,14 @@ fn shared_state(leader: &mut Stopped, arena: Arena, process: &mut Process) -> Re
         batch.call("getitimer", libc::SYS_getitimer, &[which, at]);
         at
     });
+    // From outside it takes CAP_SYS_RESOURCE where the process is another user's (prlimit(2)).
+    let limits: Vec<_> = (0..LIMITS)
+        .map(|resource| {
+            let at = batch.bytes(&[0; 16]);
+            batch.call("prlimit64", libc::SYS_prlimit64, &[0, resource.into(), 0, at]);
+            (resource, at)
+        })
+        .collect();
     let brk = batch.call("brk", libc::SYS_brk, &[0]);
     let dumpable = batch.call("prctl(PR_GET_DUMPABLE)", libc::SYS_prctl, &[PR_GET_DUMPABLE]);
     let thp = batch.call("prctl(PR_GET_THP_DISABLE)", libc::SYS_prctl, &[PR_GET_THP_DISABLE]);
@@ -169,6 +172,7 @@ fn shared_state(leader: &mut Stopped, arena: Arena, process: &mut Process) -> Re
         timer.overrun = done.result(overrun)? as i32;
     }
     process.timers = timers;
+    process.limits = limits.into_iter().map(|(n, at)| (n, done.word(at), done.word(at + 8))).collect();
     process.dumpable = done.result(dumpable)? as u32;
     process.thp_disable = done.result(thp)? == 1;
     process.subreaper = done.word(subreaper) as u32 != 0;

@@ -8,6 +8,10 @@ use anyhow::{Context as _, Result};
 use ckpt_common::image::process::Process;
 use std::collections::BTreeSet;
 
+// fcntl(2)
+const F_SETOWN_EX: u64 = 15;
+const F_SETSIG: u64 = 10;
+
 /// Takes every description to its numbers.
 pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Result<()> {
     let inheritance = stub.inheritance.clone();
@@ -46,6 +50,17 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
             );
             flush_if_full(leader, &mut batch)?;
         }
+    }
+    for descriptor in &process.fds {
+        let Some((kind, pid, signal)) = files.owner(descriptor.file) else { continue };
+        let fd = descriptor.fd as u64;
+        // A process that has ended since it was named gets nothing, as before.
+        if pid != 0 && files.is_process(pid) {
+            let at = batch.bytes(&[kind.to_ne_bytes(), pid.to_ne_bytes()].concat());
+            batch.call(format!("the owner of fd {fd}"), libc::SYS_fcntl, &[fd, F_SETOWN_EX, at]);
+        }
+        batch.call(format!("the signal of fd {fd}"), libc::SYS_fcntl, &[fd, F_SETSIG, signal as u64]);
+        flush_if_full(leader, &mut batch)?;
     }
     for lock in files.locks(process) {
         // struct flock: type, whence, start, length, pid

@@ -15,8 +15,8 @@ use ckpt_common::image::unix::UnixSocket;
 use ckpt_common::image::{Kind, MemoryId, PAGE_SIZE};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::Mode;
-use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -29,6 +29,8 @@ pub(super) struct Files {
     locks: Vec<(FileId, i32, i32, i64, i64)>,
     seals: Vec<(OwnedFd, i32)>,
     connections: Vec<tcp::Rebuilt>,
+    owners: RefCell<HashMap<FileId, (i32, i32, i32)>>,
+    pids: BTreeSet<i32>,
 }
 
 impl Files {
@@ -46,6 +48,13 @@ impl Files {
             locks: Vec::new(),
             seals: Vec::new(),
             connections: Vec::new(),
+            owners: records
+                .iter()
+                .filter(|r| r.owner != (0, 0, 0))
+                .map(|r| (r.id, r.owner))
+                .collect::<HashMap<_, _>>()
+                .into(),
+            pids: processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid)).collect(),
         };
         let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
         let mut context = RebuildContext { by_inode: HashMap::new(), files: HashMap::new(), fill: &mut fill };
@@ -155,6 +164,16 @@ impl Files {
         Ok(targets.clone())
     }
 
+    /// Who gets `SIGIO` for a description: (type, pid, signal). The first process that asks is told, to set it.
+    pub(super) fn owner(&self, id: FileId) -> Option<(i32, i32, i32)> {
+        self.owners.borrow_mut().remove(&id)
+    }
+
+    /// Is this a process of the job? Process groups are not told apart: their leader's PID names them.
+    pub(super) fn is_process(&self, pid: i32) -> bool {
+        self.pids.contains(&pid)
+    }
+
     /// Record locks of a process: (descriptor, type, start, length).
     pub(super) fn locks(&self, process: &Process) -> Vec<(i32, i32, i64, i64)> {
         let own = self.locks.iter().filter(|(_, pid, ..)| *pid == process.pid);
@@ -190,7 +209,7 @@ fn of_kind<K: Kind>(records: &[OpenFile]) -> Result<Vec<K>> {
     records.iter().filter(|r| r.kind == K::KIND).map(|r| objects::decode(r.version, &r.payload)).collect()
 }
 
-/// `O_NONBLOCK`, `O_APPEND`, `O_ASYNC` and their like, and who gets `SIGIO`.
+/// `O_NONBLOCK`, `O_APPEND`, `O_ASYNC` and their like.
 fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
     if record.flags & libc::O_PATH != 0 {
         return Ok(());
@@ -200,9 +219,6 @@ fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
     let wanted = OFlag::from_bits_retain(record.flags) & changeable;
     if wanted != OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?) & changeable {
         fcntl(fd, FcntlArg::F_SETFL(wanted))?;
-    }
-    if record.owner != (0, 0, 0) {
-        crate::sys::ioctl::set_owner(fd.as_fd(), record.owner)?;
     }
     Ok(())
 }

@@ -39,11 +39,11 @@ pub(super) fn rebuild(
     timers(stub.leader()?, process, layout).context("rebuilding timers")?;
     let waiting = process.threads.iter().flat_map(|t| &t.pending).chain(&process.pending);
     let waiting = waiting.filter_map(signal).fold(0u64, |set, s| set | 1 << (s - 1));
+    limits(stub.leader()?, process, layout)?;
     for (stopped, record) in stub.threads.iter_mut().zip(&process.threads) {
         thread::rebuild(stopped, record, layout)
             .with_context(|| format!("rebuilding thread {}", record.tid))?;
     }
-    limits(stub.leader()?.pid, process)?;
     if process.dumpable < 2 {
         // A change of credentials resets it.
         let mut batch = Batch::new(layout.arena);
@@ -97,20 +97,30 @@ fn attributes(leader: &mut Stopped, process: &Process, layout: Layout) -> Result
     Ok(())
 }
 
-fn limits(pid: i32, process: &Process) -> Result<()> {
+/// Resource limits, set from inside while the process may still do so.
+fn limits(leader: &mut Stopped, process: &Process, layout: Layout) -> Result<()> {
+    let mut batch = Batch::new(layout.arena);
+    let mut set = Vec::new();
     for (resource, soft, hard) in &process.limits {
-        let have = task::limit(pid, *resource).context("reading a resource limit")?;
-        if have != (*soft, *hard)
-            && let Err(e) = task::set_limit(pid, *resource, *soft, *hard)
-        {
-            // A hard limit can be raised with CAP_SYS_RESOURCE only; the soft one then goes as far as it can.
-            let soft = (*soft).min(have.1);
-            task::set_limit(pid, *resource, soft, have.1.min(*hard)).context("setting a resource limit")?;
-            tracing::warn!(pid, resource, error = %e, "a hard resource limit could not be raised to what it was");
+        let bytes = |soft: u64, hard: u64| [soft.to_ne_bytes(), hard.to_ne_bytes()].concat();
+        let (_, have) = task::limit(0, *resource).context("reading our own resource limit")?;
+        let (wanted, possible) = (bytes(*soft, *hard), bytes((*soft).min(have), (*hard).min(have)));
+        let (wanted, possible) = (batch.bytes(&wanted), batch.bytes(&possible));
+        // A hard limit can be raised with CAP_SYS_RESOURCE only; what is possible is set first and stays then.
+        batch.call("prlimit64", libc::SYS_prlimit64, &[0, (*resource).into(), possible, 0]);
+        set.push((
+            *resource,
+            batch.call("prlimit64", libc::SYS_prlimit64, &[0, (*resource).into(), wanted, 0]),
+        ));
+    }
+    let done = leader.run(batch, false)?;
+    for (resource, call) in set {
+        if let Err(error) = done.result(call) {
+            tracing::warn!(pid = process.pid, resource, %error, "a resource limit could not be raised to what it was");
         }
     }
     if process.oom_score_adj != 0 {
-        let path = format!("/proc/{pid}/oom_score_adj");
+        let path = format!("/proc/{}/oom_score_adj", leader.pid);
         std::fs::write(&path, process.oom_score_adj.to_string())
             .with_context(|| format!("writing {path}"))?;
     }

@@ -93,17 +93,3 @@ pub fn owner(fd: BorrowedFd<'_>) -> io::Result<(i32, i32, i32)> {
     };
     Ok(if owner.pid == 0 { (0, 0, signal as i32) } else { (owner.kind, owner.pid, signal as i32) })
 }
-
-/// Sets the receiver of `SIGIO`.
-pub fn set_owner(fd: BorrowedFd<'_>, (kind, pid, signal): (i32, i32, i32)) -> io::Result<()> {
-    const F_SETOWN_EX: i32 = 15;
-    const F_SETSIG: i32 = 10;
-    let owner = [kind, pid];
-    // SAFETY: the structure of two ints is only read.
-    unsafe {
-        if pid != 0 {
-            check(libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, owner.as_ptr()).into())?;
-        }
-        check(libc::fcntl(fd.as_raw_fd(), F_SETSIG, signal).into()).map(drop)
-    }
-}

@@ -5,6 +5,7 @@
 pub mod batch_code;
 pub mod clone;
 pub mod cpu;
+pub mod guard;
 pub mod ioctl;
 pub mod kcmp;
 pub mod memory;

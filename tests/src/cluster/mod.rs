@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -337,6 +338,7 @@ fn keeper_command(dir: &Path, nodes: usize) -> Result<Command> {
     let log = fs::File::create(dir.join("keeper.log"))?;
     let mut command = Command::new(tool()?);
     command.arg("keep").arg(dir).arg(nodes.to_string()).stdout(Stdio::piped()).stderr(log);
+    only_standard_streams(&mut command);
     Ok(command)
 }
 
@@ -356,6 +358,21 @@ fn wait_until_ready(dir: &Path, keeper: &mut Child) -> Result<()> {
         logs.push_str(&text);
     }
     bail!("the test cluster does not start:\n{}", logs.trim_end())
+}
+
+/// What a command starts has nothing of ours but the standard streams, whatever we have inherited open.
+pub(crate) fn only_standard_streams(command: &mut Command) {
+    let close = || {
+        // SAFETY: plain numbers; the descriptors are closed only when the new program starts.
+        match unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec only close_range(2) is called.
+    unsafe {
+        command.pre_exec(close);
+    }
 }
 
 /// Tells a waiting parent process something, on standard output.

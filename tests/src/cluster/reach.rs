@@ -1,6 +1,6 @@
 //! Ways into the cluster from outside.
 
-use super::NODE_PATH;
+use super::{NODE_PATH, only_standard_streams};
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl::set_pdeathsig;
@@ -38,6 +38,7 @@ pub fn enter(init: i32, words: &[OsString]) -> Result<ExitCode> {
     unsafe {
         command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?));
     }
+    only_standard_streams(&mut command);
     let status = command.spawn().with_context(|| format!("cannot start {}", program.display()))?.wait()?;
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))

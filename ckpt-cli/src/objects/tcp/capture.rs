@@ -220,7 +220,6 @@ fn stream(fd: BorrowedFd<'_>, reuse_address: bool) -> Result<Stream, CaptureErro
         timestamp: if info.timestamps { Some(repair.timestamp()?) } else { None },
         window: repair.window()?,
     };
-    repair.select(Queue::None)?;
     repair.leave()?;
     debug_assert!(distance(stream.sending.start(), stream.sending.end) >= 0);
     Ok(stream)

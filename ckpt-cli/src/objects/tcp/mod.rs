@@ -20,10 +20,12 @@
 
 mod capture;
 mod ended;
+mod guard;
 mod info;
 mod rebuild;
 mod repair;
 
 pub use capture::{CaptureError, Half, capture, capture_sending, silence};
+pub use guard::Guard;
 pub use info::ends;
 pub use rebuild::{Rebuilt, rebuild};

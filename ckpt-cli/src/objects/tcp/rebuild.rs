@@ -125,7 +125,6 @@ fn establish(
     repair.set_start(Queue::Send, start)?;
     let received = u32::try_from(receiving.queue.len())?;
     repair.set_start(Queue::Receive, receiving.next.wrapping_sub(received))?;
-    repair.select(Queue::None)?;
     inet::bind(fd, local, map)?;
     let address = map.address(stream.peer);
     connect(fd.as_raw_fd(), &inet::storage(address))

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-const TCP_REPAIR: i32 = 19;
+pub(super) const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
 const TCP_QUEUE_SEQ: i32 = 21;
 const TCP_REPAIR_OPTIONS: i32 = 22;
@@ -20,7 +20,7 @@ const TCP_TIMESTAMP: i32 = 24;
 const TCP_REPAIR_WINDOW: i32 = 29;
 /// Values of `TCP_REPAIR`. Turning it off with 0 would send a window probe.
 const ON: i32 = 1;
-const OFF_WITHOUT_PROBE: i32 = -1;
+pub(super) const OFF_WITHOUT_PROBE: i32 = -1;
 /// Kinds of TCP options, as in the header of a SYN.
 const OPTION_MAX_SEGMENT: u32 = 2;
 const OPTION_WINDOW_SCALE: u32 = 3;
@@ -104,7 +104,7 @@ impl<'a> Repair<'a> {
         socket::set(self.fd, SOL_SOCKET, libc::SO_REUSEADDR, &self.reuse_address)
     }
 
-    pub(super) fn select(&self, queue: Queue) -> Result<()> {
+    fn select(&self, queue: Queue) -> Result<()> {
         socket::set(self.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &(queue as i32)).context("select a TCP queue")
     }
 
@@ -119,17 +119,23 @@ impl<'a> Repair<'a> {
     pub(super) fn set_start(&self, queue: Queue, sequence: u32) -> Result<()> {
         self.select(queue)?;
         socket::set(self.fd, IPPROTO_TCP, TCP_QUEUE_SEQ, &sequence)
-            .with_context(|| format!("set the sequence number of queue {queue:?}"))
+            .with_context(|| format!("set the sequence number of queue {queue:?}"))?;
+        self.select(Queue::None)
     }
 
     /// Content of a queue: up to `length` bytes.
+    ///
+    /// While the send queue is selected, what the kernel would send counts as sent and is not
+    /// (tcp_write_xmit): no longer than needed, or it is on its way only after a loss probe.
     pub(super) fn peek(&self, queue: Queue, length: usize) -> Result<Vec<u8>> {
         if length == 0 {
             return Ok(Vec::new());
         }
         self.select(queue)?;
         let mut data = vec![0; length];
-        let got = match recv(self.fd.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        let got = recv(self.fd.as_raw_fd(), &mut data, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        self.select(Queue::None)?;
+        let got = match got {
             Ok(got) => got,
             Err(nix::errno::Errno::EAGAIN) => 0,
             Err(error) => return Err(error).with_context(|| format!("read TCP queue {queue:?}")),
