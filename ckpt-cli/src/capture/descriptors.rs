@@ -61,6 +61,9 @@ impl TcpSockets {
     }
 }
 
+/// A description and one of its descriptors: (PID, number, identity).
+type Known = (i32, i32, FileId);
+
 /// A description found in a descriptor table.
 #[derive(Debug)]
 struct Found {
@@ -77,7 +80,8 @@ pub(super) struct Table<'a> {
     /// Descriptors of ours that stand for descriptions: kept open, because others are compared with them.
     own: Vec<OwnedFd>,
     descriptors: BTreeMap<i32, Vec<Descriptor>>,
-    groups: HashMap<(u64, u64), Vec<(i32, i32, FileId)>>,
+    /// Descriptions by device and inode, each with a descriptor of its own, ordered as kcmp(2) orders them.
+    groups: HashMap<(u64, u64), Vec<Known>>,
     pending: Vec<Found>,
     files: Vec<OpenFile>,
     mapped: HashMap<(u64, u64, bool), FileId>,

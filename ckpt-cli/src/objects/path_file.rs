@@ -3,7 +3,7 @@
 use super::{CaptureContext, Captured, FilePolicy, Probe, RebuildContext, open_flags};
 use crate::sys::ioctl;
 use anyhow::{Context as _, Result, bail};
-use ckpt_common::image::objects::{FileRestore, PathFile};
+use ckpt_common::image::objects::{FileRestore, PathFile, RecordLock};
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::{Whence, lseek};
@@ -67,7 +67,7 @@ fn stage(probe: &Probe, context: &mut dyn CaptureContext) -> Result<ckpt_common:
 }
 
 /// Locks as fdinfo shows them: `1: POSIX  ADVISORY  WRITE 4242 fe:00:1234 0 EOF`.
-fn locks(probe: &Probe) -> (Option<i32>, Vec<(i32, i32, i64, i64)>) {
+fn locks(probe: &Probe) -> (Option<i32>, Vec<RecordLock>) {
     let (mut flock, mut posix) = (None, Vec::new());
     for (_, line) in probe.info.lines.iter().filter(|(key, _)| key == "lock") {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -78,7 +78,7 @@ fn locks(probe: &Probe) -> (Option<i32>, Vec<(i32, i32, i64, i64)>) {
                 let kind = if kind == "WRITE" { libc::F_WRLCK } else { libc::F_RDLCK };
                 let start = start.parse().unwrap_or(0i64);
                 let length = end.parse::<i64>().map_or(0, |end| end - start + 1);
-                posix.push((pid.parse().unwrap_or(0), kind, start, length));
+                posix.push(RecordLock { pid: pid.parse().unwrap_or(0), kind, start, length });
             }
             _ => {}
         }

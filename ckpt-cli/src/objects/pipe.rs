@@ -6,6 +6,7 @@ use ckpt_common::image::objects::Pipe;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::Mode;
 use std::collections::HashSet;
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Key of a pipe: its inode number. FIFOs lie on other file systems than pipes, so the device counts too.
@@ -47,38 +48,36 @@ fn peek(probe: &Probe, capacity: u32) -> Result<Vec<u8>> {
 
 /// Makes one end. The first end made of a pipe makes the pipe and puts its content in.
 pub fn rebuild(pipe: &Pipe, flags: i32, context: &mut RebuildContext<'_>) -> Result<OwnedFd> {
-    if !context.by_inode.contains_key(&pipe.inode) {
-        let handle = match &pipe.path {
-            Some(path) => {
-                if !std::path::Path::new(path).exists() {
-                    nix::unistd::mkfifo(path.as_str(), Mode::from_bits_truncate(0o600))
-                        .with_context(|| format!("creating FIFO {path}"))?;
-                }
-                // Both directions at once (fifo(7)): never blocks for the other end.
-                nix::fcntl::open(
-                    path.as_str(),
-                    OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
-                    Mode::empty(),
-                )
-                .with_context(|| format!("opening FIFO {path}"))?
-            }
-            None => {
-                let (read, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-                RebuildContext::reopen(&read, libc::O_RDWR | libc::O_NONBLOCK)?
-            }
-        };
-        fcntl(&handle, FcntlArg::F_SETPIPE_SZ(pipe.capacity as i32))
-            .context("setting the pipe's capacity")?;
-        context.by_inode.insert(pipe.inode, handle);
-    }
-    let handle = &context.by_inode[&pipe.inode];
-    if let Some(data) = &pipe.data {
-        let mut rest = &data[..];
-        while !rest.is_empty() {
-            let n = nix::unistd::write(handle, rest).context("filling a pipe")?;
-            rest = &rest[n..];
-        }
+    let handle = match context.by_inode.entry(pipe.inode) {
+        Entry::Occupied(made) => made.into_mut(),
+        Entry::Vacant(place) => place.insert(make(pipe)?),
+    };
+    let mut rest = pipe.data.as_deref().unwrap_or_default();
+    while !rest.is_empty() {
+        let n = nix::unistd::write(&*handle, rest).context("filling a pipe")?;
+        rest = &rest[n..];
     }
     let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
     nix::fcntl::open(path.as_str(), open_flags(flags), Mode::empty()).context("opening an end of a pipe")
+}
+
+/// A handle on the pipe for both directions, which never blocks for the other end (fifo(7)).
+fn make(pipe: &Pipe) -> Result<OwnedFd> {
+    let handle = match &pipe.path {
+        Some(path) => {
+            if !std::path::Path::new(path).exists() {
+                nix::unistd::mkfifo(path.as_str(), Mode::from_bits_truncate(0o600))
+                    .with_context(|| format!("creating FIFO {path}"))?;
+            }
+            let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            nix::fcntl::open(path.as_str(), flags, Mode::empty())
+                .with_context(|| format!("opening FIFO {path}"))?
+        }
+        None => {
+            let (read, _write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+            RebuildContext::reopen(&read, libc::O_RDWR | libc::O_NONBLOCK)?
+        }
+    };
+    fcntl(&handle, FcntlArg::F_SETPIPE_SZ(pipe.capacity as i32)).context("setting the pipe's capacity")?;
+    Ok(handle)
 }

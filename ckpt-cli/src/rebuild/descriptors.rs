@@ -62,13 +62,12 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
         batch.call(format!("the signal of fd {fd}"), libc::SYS_fcntl, &[fd, F_SETSIG, signal as u64]);
         flush_if_full(leader, &mut batch)?;
     }
-    for lock in files.locks(process) {
+    for (fd, lock) in files.locks(process) {
         // struct flock: type, whence, start, length, pid
-        let (fd, kind, start, length) = lock;
-        let mut bytes = (kind as i16).to_ne_bytes().to_vec();
+        let mut bytes = (lock.kind as i16).to_ne_bytes().to_vec();
         bytes.extend_from_slice(&[0; 6]);
-        bytes.extend_from_slice(&start.to_ne_bytes());
-        bytes.extend_from_slice(&length.to_ne_bytes());
+        bytes.extend_from_slice(&lock.start.to_ne_bytes());
+        bytes.extend_from_slice(&lock.length.to_ne_bytes());
         bytes.extend_from_slice(&[0; 8]);
         let at = batch.bytes(&bytes);
         batch.call(format!("locking fd {fd}"), libc::SYS_fcntl, &[fd as u64, libc::F_SETLK as u64, at]);

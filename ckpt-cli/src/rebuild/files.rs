@@ -6,7 +6,8 @@ use crate::store::{PartReader, RunData};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{
-    Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, SignalFd, TimerFd,
+    Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, RecordLock, SignalFd,
+    TimerFd,
 };
 use ckpt_common::image::process::Process;
 use ckpt_common::image::tcp::{TcpSocket, TcpState};
@@ -25,8 +26,7 @@ use std::os::unix::fs::FileExt;
 pub(super) struct Files {
     files: HashMap<FileId, OwnedFd>,
     epolls: BTreeMap<FileId, (Vec<EpollTarget>, Cell<bool>)>,
-    /// (description, pid, type, start, length)
-    locks: Vec<(FileId, i32, i32, i64, i64)>,
+    locks: Vec<(FileId, RecordLock)>,
     seals: Vec<(OwnedFd, i32)>,
     connections: Vec<tcp::Rebuilt>,
     owners: RefCell<HashMap<FileId, (i32, i32, i32)>>,
@@ -85,9 +85,7 @@ impl Files {
         match record.kind.as_str() {
             PathFile::KIND => {
                 let file: PathFile = objects::decode(version, payload)?;
-                let locks =
-                    file.locks.iter().map(|(pid, kind, start, len)| (record.id, *pid, *kind, *start, *len));
-                self.locks.extend(locks);
+                self.locks.extend(file.locks.iter().map(|lock| (record.id, *lock)));
                 path_file::rebuild(&file, flags, context)
             }
             MemoryFile::KIND => {
@@ -174,14 +172,10 @@ impl Files {
         self.pids.contains(&pid)
     }
 
-    /// Record locks of a process: (descriptor, type, start, length).
-    pub(super) fn locks(&self, process: &Process) -> Vec<(i32, i32, i64, i64)> {
-        let own = self.locks.iter().filter(|(_, pid, ..)| *pid == process.pid);
-        own.filter_map(|(id, _, kind, start, length)| {
-            let fd = process.fds.iter().find(|d| d.file == *id)?.fd;
-            Some((fd, *kind, *start, *length))
-        })
-        .collect()
+    /// Record locks of a process, with the descriptors they are taken through.
+    pub(super) fn locks(&self, process: &Process) -> Vec<(i32, RecordLock)> {
+        let own = self.locks.iter().filter(|(_, lock)| lock.pid == process.pid);
+        own.filter_map(|(id, lock)| Some((process.fds.iter().find(|d| d.file == *id)?.fd, *lock))).collect()
     }
 
     /// What can be done only when everything else is done.

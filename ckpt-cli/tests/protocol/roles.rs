@@ -80,7 +80,6 @@ fn with_context<T>(act: impl FnOnce(&Context<'_>) -> Result<T, ClusterError>) ->
                     let _ = writeln!(stdout, "{node} {} {}", blocker.item, blocker.reason);
                 }
             }
-            let _ = stdout.flush();
             exit(if error.class() == FailureClass::Blocked || error.is_transient() { 4 } else { 1 })
         }
     }

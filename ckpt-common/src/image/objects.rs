@@ -28,8 +28,21 @@ pub struct PathFile {
     pub restore: FileRestore,
     /// `LOCK_SH` / `LOCK_EX` of flock(2) held by this description.
     pub flock: Option<i32>,
-    /// POSIX record locks held through it: (pid, type, start, length); length 0 is up to the end.
-    pub locks: Vec<(i32, i32, i64, i64)>,
+    /// POSIX record locks held through it.
+    pub locks: Vec<RecordLock>,
+}
+
+/// A POSIX record lock (fcntl(2), F_SETLK).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordLock {
+    /// The process that holds it.
+    pub pid: i32,
+    /// `F_RDLCK` or `F_WRLCK`.
+    pub kind: i32,
+    /// First byte.
+    pub start: i64,
+    /// Length in bytes; 0 is up to the end of the file.
+    pub length: i64,
 }
 
 /// How a regular file's bytes come back at restore.
