@@ -4,6 +4,7 @@
 mod check;
 mod cluster;
 mod command;
+mod demo;
 mod ebpf;
 mod setup;
 
@@ -31,6 +32,8 @@ enum Task {
         #[arg(long)]
         fast: bool,
     },
+    /// A job on two of three nodes lives through a dump, and through its end and a restore elsewhere
+    Demo,
     /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
     Cluster {
         /// What to do
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::packages(),
         Task::Lint => check::lint(),
         Task::Test { fast } => check::test(fast),
+        Task::Demo => demo::run(),
         Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };
