@@ -155,7 +155,9 @@ fn a_named_cluster_outlives_its_command() -> Result<()> {
     assert_eq!(exec?.stdout, b"node1\n");
     assert!(String::from_utf8_lossy(&again?.stderr).contains("is up already"));
     assert!(down.status.success());
-    assert!(!processes?.iter().any(|process| running(*process)));
+    // The keeper is on its way out when `down` returns; what it kept is gone.
+    let processes = processes?;
+    wait_for("all processes end", || !processes.iter().any(|process| running(*process)))?;
     assert!(Cluster::open(&name).is_err());
     Ok(())
 }

@@ -18,12 +18,16 @@ pub(crate) fn pass_on(arguments: &[OsString]) -> Result<()> {
         setup::packages()?;
         run(cargo().args(["build", "--quiet", "--package", "ckpt-cli", "--package", "ckpt-tests"]))?;
     }
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
-    let tool = target.join("debug/ckpt-cluster");
+    let tool = target().join("debug/ckpt-cluster");
     let mut command = as_root(tool.to_str().context("path of the build folder")?);
     let status: ExitStatus = command.args(arguments).status().context("cannot start ckpt-cluster")?;
     match status.code() {
         Some(0) => Ok(()),
         code => exit(code.unwrap_or(1)),
     }
+}
+
+/// Cargo's build folder.
+pub(crate) fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from)
 }

@@ -33,7 +33,7 @@ pub(crate) fn build(check: bool) -> Result<()> {
     let object = toolchain.compile(&repository().join("ckpt-ebpf"))?;
     let versions = toolchain.versions()?;
     let hash = blake3::hash(&object);
-    let text = format!("{versions}\n\n{} bytes, blake3 {hash}\n", object.len());
+    let text = format!("{versions}\n\n{} bytes, blake3 {hash}\n{}\n", object.len(), source_line()?);
 
     let prebuilt = repository().join("ckpt-ebpf/prebuilt");
     let (object_path, text_path) = (prebuilt.join("ckpt.bpf.o"), prebuilt.join("ckpt.bpf.txt"));
@@ -58,6 +58,40 @@ pub(crate) fn build(check: bool) -> Result<()> {
         "{} is not what the source builds\nrecorded: {recorded}\nhere: {text}\nhint: run `cargo xtask build-ebpf` and commit the result",
         object_path.display()
     )
+}
+
+/// Was the committed object built from the source as it is? Cheap: compares what was recorded, builds nothing.
+///
+/// # Errors
+/// It was built from another source.
+pub(crate) fn up_to_date() -> Result<()> {
+    let path = repository().join("ckpt-ebpf/prebuilt/ckpt.bpf.txt");
+    let recorded = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let object = fs::read(path.with_extension("o")).context("read the committed object")?;
+    let hash = blake3::hash(&object).to_string();
+    if recorded.contains(&hash) && recorded.lines().any(|line| source_line().is_ok_and(|here| here == line)) {
+        return Ok(());
+    }
+    bail!(
+        "ckpt-ebpf/prebuilt/ckpt.bpf.o is not of this source\nhint: run `cargo xtask build-ebpf` and commit the result"
+    )
+}
+
+/// What the object is made from, as a line in the record.
+fn source_line() -> Result<String> {
+    let krate = repository().join("ckpt-ebpf");
+    let mut files =
+        vec![krate.join("Cargo.toml"), krate.join("Cargo.lock"), repository().join("ckpt-common/src/bpf.rs")];
+    for entry in fs::read_dir(krate.join("src"))? {
+        files.push(entry?.path());
+    }
+    files.sort();
+    let mut hasher = blake3::Hasher::new();
+    for path in files {
+        let data = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        hasher.update(&(data.len() as u64).to_le_bytes()).update(&data);
+    }
+    Ok(format!("source: blake3 {}", hasher.finalize()))
 }
 
 /// The unpacked compiler and the linker.

@@ -4,6 +4,7 @@
 mod check;
 mod cluster;
 mod command;
+mod demo;
 mod ebpf;
 mod setup;
 
@@ -25,12 +26,17 @@ enum Task {
     Setup,
     /// Formatting and clippy, warnings as errors
     Lint,
-    /// All tests: lint, unit tests, kernel programs, tests as root (through sudo)
+    /// All tests: lint, unit tests, tests as root (through sudo), demo
     Test {
         /// Only what needs no root
         #[arg(long)]
         fast: bool,
+        /// Build the kernel programs, too, and compare them with the committed ones (downloads a compiler)
+        #[arg(long)]
+        ebpf: bool,
     },
+    /// A job on two of three nodes lives through a dump, and through its end and a restore elsewhere
+    Demo,
     /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
     Cluster {
         /// What to do
@@ -49,7 +55,8 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Setup => setup::packages(),
         Task::Lint => check::lint(),
-        Task::Test { fast } => check::test(fast),
+        Task::Test { fast, ebpf } => check::test(fast, ebpf),
+        Task::Demo => demo::run(),
         Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };

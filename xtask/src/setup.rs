@@ -8,7 +8,8 @@ use std::process::{Command, Stdio};
 /// Packages by what they are for.
 const PACKAGES: &[(&str, &[&str])] = &[
     ("test nodes", &["openssh-server", "openssh-client", "iproute2", "procps", "util-linux"]),
-    ("workloads", &["gcc", "libc6-dev", "make", "python3", "python3-numpy", "redis-server", "redis-tools"]),
+    ("workloads", &["gcc", "libc6-dev", "make", "python3", "python3-numpy"]),
+    ("workloads", &["libopenblas0-pthread", "redis-server", "redis-tools"]),
     ("workloads", &["nginx-light", "wrk", "sqlite3", "xz-utils", "gzip", "coreutils"]),
 ];
 

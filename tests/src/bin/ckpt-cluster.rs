@@ -68,7 +68,12 @@ enum Task {
     Relay { keeper: i32, address: IpAddr, port: u16 },
     /// Own a cluster, tell its folder, and wait to be killed
     #[command(hide = true)]
-    Own { nodes: usize },
+    Own {
+        nodes: usize,
+        /// End when standard input is closed, too
+        #[arg(long)]
+        attached: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -99,9 +104,13 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Init { dir, name } => node::init(&dir, &name)?,
         Task::Enter { init, command } => return reach::enter(init, &command),
         Task::Relay { keeper, address, port } => reach::relay(keeper, address, port)?,
-        Task::Own { nodes } => {
+        Task::Own { nodes, attached } => {
             let cluster = Cluster::start(nodes)?;
             println!("{}", cluster.dir().display());
+            if attached {
+                std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink())?;
+                return Ok(ExitCode::SUCCESS);
+            }
             loop {
                 std::thread::park();
             }
