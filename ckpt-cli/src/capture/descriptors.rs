@@ -22,26 +22,30 @@ pub(super) struct Halves(Vec<(OpenFile, Found, tcp::Half)>);
 
 impl Halves {
     /// Captures what the sockets have received.
-    pub(super) fn receiving(self) -> Result<(Vec<OpenFile>, TcpSockets)> {
-        let (mut files, mut sockets) = (Vec::new(), Vec::new());
-        for (mut file, found, half) in self.0 {
+    pub(super) fn receiving(self) -> Result<TcpSockets> {
+        let receive = |(file, found, half): (OpenFile, Found, tcp::Half)| {
             let socket = half.receiving(found.probe.file.as_fd()).with_context(|| file.label.clone())?;
-            file.payload = Captured::new(&socket)?.payload;
-            files.push(file);
-            sockets.push((found.probe, socket));
-        }
-        Ok((files, TcpSockets(sockets)))
+            Ok((file, found.probe, socket))
+        };
+        Ok(TcpSockets(self.0.into_iter().map(receive).collect::<Result<_>>()?))
     }
 }
 
 /// Captured TCP sockets, kept until it is decided whether the job lives or dies.
 #[derive(Debug, Default)]
-pub(super) struct TcpSockets(Vec<(Probe, TcpSocket)>);
+pub(super) struct TcpSockets(Vec<(OpenFile, Probe, TcpSocket)>);
 
 impl TcpSockets {
+    /// Their records: encoded only here, when the job runs on.
+    pub(super) fn records(&self) -> impl Iterator<Item = Result<OpenFile>> {
+        self.0
+            .iter()
+            .map(|(file, _, socket)| Ok(OpenFile { payload: Captured::new(socket)?.payload, ..file.clone() }))
+    }
+
     /// Where the connections stand.
     pub(super) fn connections(&self) -> Vec<Connection> {
-        let connection = |(probe, socket): &(Probe, TcpSocket)| {
+        let connection = |(_, probe, socket): &(OpenFile, Probe, TcpSocket)| {
             let position = socket.position()?;
             let (local, peer, peer_closed) = (position.local, position.peer, position.peer_finished);
             let position = Some(position);
@@ -52,12 +56,12 @@ impl TcpSockets {
 
     /// Makes all sockets silent: when the job is killed, their peers do not notice.
     pub(super) fn silence(&self) -> Result<()> {
-        self.0.iter().try_for_each(|(probe, _)| tcp::silence(probe.file.as_fd()))
+        self.0.iter().try_for_each(|(_, probe, _)| tcp::silence(probe.file.as_fd()))
     }
 
     /// Names of the sockets, for the traffic hold.
     pub(super) fn cookies(&self) -> Result<Vec<SocketCookie>> {
-        self.0.iter().map(|(probe, _)| Ok(SocketCookie::of(&probe.file)?)).collect()
+        self.0.iter().map(|(_, probe, _)| Ok(SocketCookie::of(&probe.file)?)).collect()
     }
 }
 

@@ -16,7 +16,7 @@ use crate::objects::FilePolicy;
 use crate::objects::tcp::{CaptureError, Guard};
 use crate::store::PartWriter;
 use crate::sys::ptrace;
-use crate::tracee::{freeze::Frozen, healing::Finder};
+use crate::tracee::{freeze::Frozen, healing::Finder, proc};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
@@ -108,9 +108,12 @@ impl Session {
         if self.options.stop && !self.plan.connections.is_empty() {
             self.hold = Some(Hold::load().context("loading the traffic hold")?);
         }
+        // It is a fork of us: while we are small.
         if self.plan.has_tcp {
             self.guard = Some(Guard::start()?);
         }
+        let pids = self.plan.processes.iter().map(|process| process.pid);
+        self.staging.prepare(pids.map(proc::private_bytes).sum());
         Ok(())
     }
 
@@ -130,7 +133,7 @@ impl Session {
                 return Err(error);
             }
             tries += 1;
-            self.staging = Staging::default();
+            self.staging.clear();
             self.processes.clear();
             // It holds descriptors: a socket that the program closes meanwhile would stay open.
             if let Some(guard) = self.guard.take() {
@@ -157,6 +160,7 @@ impl Session {
             self.processes.push(captured);
         }
         (self.files, self.halves) = table.finish()?;
+        self.staging.collect()?;
         let pids: Vec<(i32, i32)> =
             frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);
@@ -173,9 +177,7 @@ impl Session {
     /// Takes what TCP sockets have received, when the sending halves of all nodes are taken: so no byte is missing
     /// between the two, and no packet has to be dropped. The job is still frozen.
     pub fn settle(&mut self) -> Result<Vec<Connection>> {
-        let (files, sockets) = std::mem::take(&mut self.halves).receiving()?;
-        self.files.extend(files);
-        self.sockets = sockets;
+        self.sockets = std::mem::take(&mut self.halves).receiving()?;
         self.guard.take().map_or(Ok(()), Guard::dismiss)?;
         Ok(self.sockets.connections())
     }
@@ -195,6 +197,9 @@ impl Session {
         }
         for file in &self.files {
             part.record(file)?;
+        }
+        for file in self.sockets.records() {
+            part.record(&file?)?;
         }
         self.staging.save(part)
     }

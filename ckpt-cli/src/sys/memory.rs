@@ -22,6 +22,43 @@ pub fn read(pid: i32, address: u64, into: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads several ranges (address, length) of another process, one behind the other, with as few calls as possible;
+/// short reads are errors. The buffer is as long as all ranges together.
+pub fn read_ranges(pid: i32, ranges: &[(u64, usize)], mut into: &mut [u8]) -> io::Result<()> {
+    /// IOV_MAX
+    const MOST: usize = 1024;
+    let mut rest =
+        ranges.iter().map(|(at, len)| libc::iovec { iov_base: *at as usize as *mut _, iov_len: *len });
+    let mut remote: Vec<libc::iovec> = Vec::with_capacity(ranges.len().min(MOST));
+    loop {
+        remote.extend(rest.by_ref().take(MOST - remote.len()));
+        let wanted: usize = remote.iter().map(|r| r.iov_len).sum();
+        if wanted == 0 {
+            return Ok(());
+        }
+        let local = into.get_mut(..wanted).ok_or(io::ErrorKind::InvalidInput)?;
+        let local = libc::iovec { iov_base: local.as_mut_ptr().cast(), iov_len: wanted };
+        // SAFETY: `local` covers exactly borrowed bytes and the vector of remote ranges lives through the call; what
+        // it says is checked by the kernel.
+        let n = check(unsafe {
+            libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+        } as i64)? as usize;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        into = into.get_mut(n..).unwrap_or_default();
+        // What is done goes; a range that was read in part begins later.
+        let mut done = n;
+        remote.retain_mut(|range| {
+            let part = done.min(range.iov_len);
+            done -= part;
+            range.iov_base = (range.iov_base as usize + part) as *mut _;
+            range.iov_len -= part;
+            range.iov_len > 0
+        });
+    }
+}
+
 /// Writes memory of another process, subject to the protection of its mappings.
 pub fn write(pid: i32, address: u64, from: &[u8]) -> io::Result<()> {
     let mut done = 0;

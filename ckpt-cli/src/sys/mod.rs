@@ -2,6 +2,7 @@
 //!
 //! Everything here is a thin typed call: it decides nothing and keeps nothing.
 
+pub mod arena;
 pub mod batch_code;
 pub mod clone;
 pub mod cpu;

@@ -1,6 +1,8 @@
 //! What /proc says about a process, in the form that capture and rebuild need.
 
-use procfs::process::{MMPermissions, MMapPath, Process, VmFlags};
+use procfs::process::{Process, VmFlags};
+use std::fs::File;
+use std::io::Read as _;
 use std::path::PathBuf;
 
 /// One mapping as /proc/PID/maps or smaps shows it.
@@ -43,49 +45,105 @@ impl Map {
     }
 }
 
+/// What a process may grow between a look and the freeze: one such piece of what it has.
+const PIECES: u64 = 32;
+
 /// Mappings of a process in address order.
 pub type Maps = Vec<Map>;
 
-fn convert(maps: procfs::process::MemoryMaps) -> Maps {
-    let perm = |p: MMPermissions, bit, prot: i32| if p.contains(bit) { prot } else { 0 };
-    maps.0
-        .into_iter()
-        // The page of old-style system calls is the same in every process and cannot be moved or unmapped.
-        .filter(|m| m.pathname != MMapPath::Vsyscall)
-        .map(|m| Map {
-            start: m.address.0,
-            end: m.address.1,
-            prot: perm(m.perms, MMPermissions::READ, libc::PROT_READ)
-                | perm(m.perms, MMPermissions::WRITE, libc::PROT_WRITE)
-                | perm(m.perms, MMPermissions::EXECUTE, libc::PROT_EXEC),
-            shared: m.perms.contains(MMPermissions::SHARED),
-            offset: m.offset,
-            device: (m.dev.0 as u64) << 32 | m.dev.1 as u64,
-            inode: m.inode,
-            path: match m.pathname {
-                MMapPath::Path(p) => p.to_string_lossy().into_owned(),
-                MMapPath::Heap => "[heap]".into(),
-                MMapPath::Stack => "[stack]".into(),
-                MMapPath::TStack(tid) => format!("[stack:{tid}]"),
-                MMapPath::Vdso => "[vdso]".into(),
-                MMapPath::Vvar => "[vvar]".into(),
-                MMapPath::Vsys(key) => format!("/SYSV{key:08x} (deleted)"),
-                MMapPath::Other(name) => format!("[{name}]"),
-                MMapPath::Anonymous | MMapPath::Vsyscall | MMapPath::Rollup => String::new(),
-            },
-            flags: m.extension.vm_flags,
-        })
-        .collect()
+/// Flags that anybody here asks for, by their names in smaps.
+const FLAGS: [(&str, VmFlags); 15] = [
+    ("mw", VmFlags::MW),
+    ("gd", VmFlags::GD),
+    ("pf", VmFlags::PF),
+    ("lo", VmFlags::LO),
+    ("io", VmFlags::IO),
+    ("sr", VmFlags::SR),
+    ("rr", VmFlags::RR),
+    ("dc", VmFlags::DC),
+    ("nr", VmFlags::NR),
+    ("ht", VmFlags::HT),
+    ("wf", VmFlags::WF),
+    ("dd", VmFlags::DD),
+    ("hg", VmFlags::HG),
+    ("nh", VmFlags::NH),
+    ("mg", VmFlags::MG),
+];
+
+/// A line of maps: `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE    PATH`.
+fn header(line: &str) -> Option<Map> {
+    let mut rest = line;
+    let mut word = || {
+        let (word, behind) = rest.split_once(' ').unwrap_or((rest, ""));
+        rest = behind;
+        word
+    };
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let (start, end) = word().split_once('-')?;
+    let (start, end) = (number(start)?, number(end)?);
+    let permissions = word().as_bytes();
+    let offset = number(word())?;
+    let (major, minor) = word().split_once(':')?;
+    let device = number(major)? << 32 | number(minor)?;
+    let inode = word().parse().ok()?;
+    let prot = |at: usize, letter: u8, prot: i32| if permissions.get(at) == Some(&letter) { prot } else { 0 };
+    Some(Map {
+        start,
+        end,
+        prot: prot(0, b'r', libc::PROT_READ)
+            | prot(1, b'w', libc::PROT_WRITE)
+            | prot(2, b'x', libc::PROT_EXEC),
+        shared: permissions.get(3) == Some(&b's'),
+        offset,
+        device,
+        inode,
+        path: rest.trim_start_matches(' ').to_owned(),
+        flags: VmFlags::empty(),
+    })
+}
+
+/// Parses maps or smaps. Thousands of mappings are read while a job is frozen, so fields that nobody needs are passed over.
+fn parse(text: &str) -> Maps {
+    let mut maps = Maps::new();
+    for line in text.lines() {
+        // Headers begin with an address in lower case, fields with a capital letter.
+        if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
+            maps.extend(header(line));
+        } else if let (Some(names), Some(map)) = (line.strip_prefix("VmFlags:"), maps.last_mut()) {
+            let flag = |name: &str| FLAGS.iter().find(|(known, _)| *known == name).map(|(_, flag)| *flag);
+            map.flags = names.split_ascii_whitespace().filter_map(flag).collect();
+        }
+    }
+    // The page of old-style system calls is the same in every process and cannot be moved or unmapped.
+    maps.retain(|map| map.path != "[vsyscall]");
+    maps
+}
+
+fn read(pid: i32, name: &str) -> std::io::Result<Maps> {
+    let mut text = Vec::with_capacity(1 << 16);
+    File::open(format!("/proc/{pid}/{name}"))?.read_to_end(&mut text)?;
+    Ok(parse(&String::from_utf8_lossy(&text)))
 }
 
 /// Mappings without their flags: cheap.
-pub fn maps(pid: i32) -> procfs::ProcResult<Maps> {
-    Ok(convert(Process::new(pid)?.maps()?))
+pub fn maps(pid: i32) -> std::io::Result<Maps> {
+    read(pid, "maps")
 }
 
 /// Mappings with their flags; walks the page tables.
-pub fn maps_with_flags(pid: i32) -> procfs::ProcResult<Maps> {
-    Ok(convert(Process::new(pid)?.smaps()?))
+pub fn maps_with_flags(pid: i32) -> std::io::Result<Maps> {
+    read(pid, "smaps")
+}
+
+/// About how many bytes a copy of the process's memory takes: what is its own, and its share of shared memory.
+pub fn private_bytes(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let fields = text.lines().filter_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        let kilobytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
+        ["Anonymous", "Swap", "Pss_Shmem"].contains(&key).then_some(kilobytes << 10)
+    });
+    fields.sum::<u64>() / PIECES * (PIECES + 1)
 }
 
 /// TIDs of a process, the leader first.
@@ -129,4 +187,36 @@ pub fn link(pid: i32, name: &str) -> std::io::Result<PathBuf> {
 /// State letter of a process (`Z`: zombie), `None` where it is gone.
 pub fn state(pid: i32) -> Option<char> {
     Process::new(pid).and_then(|p| p.stat()).ok().map(|s| s.state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+7f0000000000-7f0000003000 rw-s 00001000 08:1f 77                         /tmp/a  b (deleted)
+Size:                 12 kB
+VmFlags: rd wr sh mr mw me ms nh sd
+7f0000004000-7f0000005000 ---p 00000000 00:00 0 
+VmFlags: mr mw me gd nr sd
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+VmFlags: ex
+";
+
+    #[test]
+    fn lines_of_smaps() {
+        let maps = parse(SMAPS);
+        assert_eq!(maps.len(), 2);
+        let first = &maps[0];
+        assert_eq!((first.start, first.size(), first.offset), (0x7f00_0000_0000, 0x3000, 0x1000));
+        assert_eq!(
+            (first.device, first.inode, first.path.as_str()),
+            (8 << 32 | 0x1f, 77, "/tmp/a  b (deleted)")
+        );
+        assert_eq!((first.prot, first.shared), (libc::PROT_READ | libc::PROT_WRITE, true));
+        assert_eq!(first.flags, VmFlags::MW | VmFlags::NH);
+        let second = &maps[1];
+        assert_eq!((second.prot, second.shared, second.path.as_str()), (0, false, ""));
+        assert_eq!(second.flags, VmFlags::MW | VmFlags::GD | VmFlags::NR);
+    }
 }
