@@ -6,6 +6,7 @@ mod cluster;
 mod command;
 mod demo;
 mod ebpf;
+mod mutants;
 mod setup;
 
 use anyhow::Result;
@@ -37,6 +38,12 @@ enum Task {
     },
     /// A job on two of three nodes lives through a dump, and through its end and a restore elsewhere
     Demo,
+    /// Are the tests worth something? Breaks the code of each kind of state on purpose, in a copy of the last commit,
+    /// and runs the test that must fail then (half an hour; not part of `test`)
+    Mutants {
+        /// Only those whose name contains one of these words
+        words: Vec<String>,
+    },
     /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
     Cluster {
         /// What to do
@@ -57,6 +64,7 @@ fn main() -> ExitCode {
         Task::Lint => check::lint(),
         Task::Test { fast, ebpf } => check::test(fast, ebpf),
         Task::Demo => demo::run(),
+        Task::Mutants { words } => mutants::mutants(&words),
         Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };
