@@ -1,6 +1,7 @@
 /* 64 threads, each with its own registers, vector registers, FPU control, TLS, signal mask and pending signals. */
 #include "work.h"
 #include <pthread.h>
+#include <sys/rseq.h>
 
 #define THREADS 64
 static __thread uint64_t tls_value;
@@ -44,6 +45,14 @@ static uint64_t spin(uint64_t seed)
     return bad;
 }
 
+/* How the kernel refuses to register restartable sequences: EBUSY where glibc has done so; 0 if it does not. */
+static int registered(void)
+{
+    void *area = (char *)__builtin_thread_pointer() + __rseq_offset;
+
+    return syscall(SYS_rseq, area, 32, 0, RSEQ_SIG) == -1 ? errno : 0;
+}
+
 static void *thread(void *argument)
 {
     int i = (int)(intptr_t)argument;
@@ -53,6 +62,7 @@ static void *thread(void *argument)
     stack_t alt = { .ss_sp = malloc(SIGSTKSZ * 2), .ss_size = SIGSTKSZ * 2 }, got_alt;
     char name[16], got_name[16];
 
+    CHECK(registered() == EBUSY);
     self = i;
     tls_value = 0x1000 + (uint64_t)i;
     tids[i] = (int)syscall(SYS_gettid);
@@ -72,6 +82,7 @@ static void *thread(void *argument)
         if (i % 16) /* four never wait */
             usleep(20000 + 100 * i);
     }
+    CHECK(registered() == EBUSY);
     CHECK(tls_value == 0x1000 + (uint64_t)i && self == i);
     CHECK(tids[i] == (int)syscall(SYS_gettid));
     __asm__ volatile("stmxcsr %0" : "=m"(got));
