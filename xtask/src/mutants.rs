@@ -96,7 +96,7 @@ const MUTANTS: &[Mutant] = &[
         "rebuild/process.rs",
         "thread::queue(stopped, &record.pending, false, layout)",
         "thread::queue(stopped, &record.pending[..0], false, layout)",
-        SIGNALS,
+        THREADS,
     ),
     mutant(
         "itimer",
