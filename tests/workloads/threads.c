@@ -68,10 +68,9 @@ static void *thread(void *argument)
     pthread_sigqueue(pthread_self(), SIGRTMIN, (union sigval){ .sival_int = 1000 + i });
     pthread_barrier_wait(&barrier);
     while (!stop) {
-        if (i % 2)
-            CHECK(spin(0x123456789abcdefULL * (uint64_t)(i + 1)) == 0);
-        else
-            usleep(1000 + i);
+        CHECK(spin(0x123456789abcdefULL * (uint64_t)(i + 1)) == 0);
+        if (i % 16) /* four never wait */
+            usleep(20000 + 100 * i);
     }
     CHECK(tls_value == 0x1000 + (uint64_t)i && self == i);
     CHECK(tids[i] == (int)syscall(SYS_gettid));

@@ -73,7 +73,7 @@ int main(void)
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair) == 0 && socketpair(AF_UNIX, SOCK_SEQPACKET, 0, packets) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, half) == 0 && socketpair(AF_UNIX, SOCK_DGRAM, 0, dgrams) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, gone) == 0);
-    CHECK(send(pair[0], "left", 4, 0) == 4 && send(pair[1], "right", 5, 0) == 5);
+    CHECK(send(half[1], "left", 4, 0) == 4 && send(pair[1], "right", 5, 0) == 5);
     CHECK(pipe(tube) == 0 && write(tube[1], "in the pipe", 11) == 11);
     file = open("carried", O_RDWR | O_CREAT | O_TRUNC, 0600);
     CHECK(write(file, "carried content", 15) == 15 && lseek(file, 8, SEEK_SET) == 8);
@@ -90,7 +90,7 @@ int main(void)
     waiting = joined(SOCK_STREAM, stream_path); /* not accepted yet */
     ready();
 
-    CHECK(recv(pair[1], got, 4, 0) == 4 && !memcmp(got, "left", 4) && recv(pair[0], got, 64, 0) == 5);
+    CHECK(recv(half[0], got, 64, 0) == 4 && !memcmp(got, "left", 4) && recv(pair[0], got, 64, 0) == 5);
     CHECK((carried = receive_file(pair[1], got, 60)) >= 0 && !strcmp(got, "with file"));
     CHECK(read(carried, got, 20) == 7 && !memcmp(got, "content", 7)); /* its position came along */
     CHECK((carried = receive_file(pair[1], got, 60)) >= 0 && !strcmp(got, "with pipe"));

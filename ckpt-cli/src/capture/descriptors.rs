@@ -77,6 +77,7 @@ pub(super) struct Table<'a> {
     /// Sockets and pipes that processes outside the job have open.
     foreign: &'a HashSet<u64>,
     staging: &'a mut Staging,
+    guard: &'a mut Option<tcp::Guard>,
     /// Descriptors of ours that stand for descriptions: kept open, because others are compared with them.
     own: Vec<OwnedFd>,
     descriptors: BTreeMap<i32, Vec<Descriptor>>,
@@ -99,11 +100,13 @@ impl<'a> Table<'a> {
         options: &'a Options,
         foreign: &'a HashSet<u64>,
         staging: &'a mut Staging,
+        guard: &'a mut Option<tcp::Guard>,
     ) -> Result<Self> {
         let mut table = Self {
             options,
             foreign,
             staging,
+            guard,
             own: Vec::new(),
             descriptors: BTreeMap::new(),
             groups: HashMap::new(),
@@ -221,6 +224,12 @@ impl<'a> Table<'a> {
     /// Captures the sending half of a TCP socket.
     fn half(&mut self, found: Found) -> Result<()> {
         let probe = &found.probe;
+        let guard = match &mut self.guard {
+            Some(guard) => guard,
+            // The first TCP socket of the job was made after the plan.
+            none => none.insert(tcp::Guard::start()?),
+        };
+        guard.watch(probe.file.as_fd())?;
         let half = tcp::capture_sending(probe.file.as_fd())
             .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
         let empty = Captured { kind: TcpSocket::KIND, version: TcpSocket::VERSION, payload: Vec::new() };

@@ -13,7 +13,7 @@ mod thread;
 use crate::memory::staging::Staging;
 use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
-use crate::objects::tcp::CaptureError;
+use crate::objects::tcp::{CaptureError, Guard};
 use crate::store::PartWriter;
 use crate::sys::ptrace;
 use crate::tracee::{freeze::Frozen, healing::Finder};
@@ -68,6 +68,8 @@ pub struct Session {
     pids: Vec<i32>,
     plan: Plan,
     hold: Option<Hold>,
+    /// From the first capture of a TCP socket to the last; stands by from `arm` on.
+    guard: Option<Guard>,
     frozen: Option<Frozen>,
     halves: descriptors::Halves,
     sockets: descriptors::TcpSockets,
@@ -86,6 +88,7 @@ impl Session {
             plan,
             options,
             hold: None,
+            guard: None,
             frozen: None,
             halves: descriptors::Halves::default(),
             sockets: descriptors::TcpSockets::default(),
@@ -104,6 +107,9 @@ impl Session {
     pub fn arm(&mut self) -> Result<()> {
         if self.options.stop && !self.plan.connections.is_empty() {
             self.hold = Some(Hold::load().context("loading the traffic hold")?);
+        }
+        if self.plan.has_tcp {
+            self.guard = Some(Guard::start()?);
         }
         Ok(())
     }
@@ -126,6 +132,11 @@ impl Session {
             tries += 1;
             self.staging = Staging::default();
             self.processes.clear();
+            // It holds descriptors: a socket that the program closes meanwhile would stay open.
+            if let Some(guard) = self.guard.take() {
+                guard.dismiss()?;
+                self.guard = Some(Guard::start()?);
+            }
             std::thread::sleep(BETWEEN_TRIES);
         }
     }
@@ -134,8 +145,9 @@ impl Session {
         let start = Instant::now();
         let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
         let mut finder = Finder::default();
+        let (options, foreign) = (&self.options, &self.plan.foreign);
         let mut table =
-            descriptors::Table::new(&frozen, &self.options, &self.plan.foreign, &mut self.staging)?;
+            descriptors::Table::new(&frozen, options, foreign, &mut self.staging, &mut self.guard)?;
         table.capture()?;
         let mut threads = 0;
         for process in frozen.processes.values_mut() {
@@ -164,6 +176,7 @@ impl Session {
         let (files, sockets) = std::mem::take(&mut self.halves).receiving()?;
         self.files.extend(files);
         self.sockets = sockets;
+        self.guard.take().map_or(Ok(()), Guard::dismiss)?;
         Ok(self.sockets.connections())
     }
 
@@ -218,6 +231,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        // It acts while the programs still stand.
+        drop(self.guard.take());
         if let Err(error) = self.thaw() {
             tracing::warn!(%error, "the job could not be let go cleanly");
         }

@@ -42,6 +42,8 @@ pub struct Plan {
     pub left_out: Vec<Blocker>,
     /// Ends of TCP connections.
     pub connections: Vec<Connection>,
+    /// Is there any TCP socket?
+    pub(super) has_tcp: bool,
     /// Sockets seen so far, by inode.
     sockets: HashSet<u64>,
 }
@@ -261,6 +263,7 @@ impl Check<'_> {
     }
 
     fn connection(&mut self, probe: &Probe) -> Result<()> {
+        self.plan.has_tcp = true;
         if self.plan.sockets.insert(probe.stat.st_ino)
             && let Some((local, peer, peer_closed)) = tcp::ends(probe.file.as_fd())?
         {

@@ -7,6 +7,7 @@
 //! the self-healing of stopped threads do the rest.
 
 use super::{
+    awake::Awake,
     engine::{DumpSession, Engine, Outcome, RestoreSession},
     error::{Classified, failure_of},
     fault::Faults,
@@ -146,9 +147,10 @@ fn live(shared: &Shared, output: &Mutex<FrameWriter<impl Write>>) {
 
 /// Gives the coordinator up when it is silent, and the process when the working thread is stuck.
 fn watch(shared: &Shared) {
-    let mut since = None;
+    let (mut since, mut awake) = (None, Awake::new());
     while !shared.done.load(Ordering::Relaxed) {
         thread::sleep(TICK);
+        *lock(&shared.heard) += awake.held_up();
         if lock(&shared.heard).elapsed() > *lock(&shared.patience) {
             shared.lose("it is silent");
         }

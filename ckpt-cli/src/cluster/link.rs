@@ -2,6 +2,7 @@
 
 use super::{
     ClusterError, Result,
+    awake::Awake,
     frames::{FrameError, FrameReader, FrameWriter},
     transport::Launcher,
 };
@@ -163,7 +164,13 @@ impl Link {
             return Err(lost(format!("could not be sent: {}", self.last_words(&why))));
         }
         let (mut since, mut progress) = (Instant::now(), self.progress());
+        let mut awake = Awake::new();
         loop {
+            let held_up = awake.held_up();
+            since += held_up;
+            if let Some(heard) = lock(&self.signs.heard).as_mut() {
+                *heard += held_up;
+            }
             match self.responses.recv_timeout(TICK) {
                 Ok(Response::Failed(failure)) => {
                     let (node, phase) = (self.node.clone(), name(request));
@@ -179,7 +186,8 @@ impl Link {
             if interrupted.load(Ordering::Relaxed) {
                 return Err(ClusterError::Interrupted);
             }
-            let silence = lock(&self.signs.heard).map_or(Duration::ZERO, |heard| heard.elapsed());
+            let silence = lock(&self.signs.heard)
+                .map_or(Duration::ZERO, |heard| Instant::now().saturating_duration_since(heard));
             if silence > self.timing.patience {
                 return Err(lost(format!("was not answered: silent for {} s", silence.as_secs().max(1))));
             }

@@ -88,7 +88,8 @@ impl Engine for LiveEngine {
                 allow: None,
             }
         });
-        let report = RestoreReport { blockers: blockers.collect(), ..Default::default() };
+        let blockers = blockers.collect();
+        let report = RestoreReport { blockers, finished: session.finished()?, ..Default::default() };
         Ok((Box::new(LiveRestore(session)), report))
     }
 }
@@ -189,7 +190,8 @@ struct LiveRestore(rebuild::Session);
 
 impl RestoreSession for LiveRestore {
     fn build(&mut self, task: &NetworkTask) -> Result<()> {
-        let mut network = rebuild::Network { peers: task.peers.clone(), ..Default::default() };
+        let (peers, stand_ins) = (task.peers.clone(), task.stand_ins.clone());
+        let mut network = rebuild::Network { peers, stand_ins, ..Default::default() };
         task.addresses.iter().for_each(|(old, new)| network.addresses.insert(*old, *new));
         self.0.build(&network)
     }

@@ -10,6 +10,7 @@
 
 pub mod addresses;
 pub mod agent;
+mod awake;
 pub mod channels;
 pub mod coordinator;
 pub mod engine;

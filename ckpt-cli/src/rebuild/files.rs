@@ -69,6 +69,11 @@ impl Files {
             all.files.insert(record.id, fd);
         }
         sockets.fill(&all.files)?;
+        for end in &network.stand_ins {
+            let rebuilt = tcp::rebuild(&end.socket, &network.addresses, Some(&end.peer))
+                .context("rebuilding the closed end of a connection")?;
+            all.connections.push(rebuilt);
+        }
         Ok(all)
     }
 
@@ -121,14 +126,6 @@ impl Files {
         let own = socket.position();
         let peer = own.and_then(|own| network.peer(&own));
         let rebuilt = match (&own, peer) {
-            (Some(own), None) if own.peer_finished => {
-                // Its other end was closed: a stand-in says so again, where that end is now.
-                if let Some(stand_in) = socket.closed_peer().filter(|s| network.is_here(s)) {
-                    let rebuilt = tcp::rebuild(&stand_in, &network.addresses, Some(own))?;
-                    self.connections.push(rebuilt);
-                }
-                tcp::rebuild(&socket, &network.addresses, None)?
-            }
             (Some(_), None) => tcp::rebuild(&socket.broken(), &network.addresses, None)?,
             (_, peer) => tcp::rebuild(&socket, &network.addresses, peer)?,
         };

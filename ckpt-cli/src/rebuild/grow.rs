@@ -6,7 +6,7 @@
 use super::layout::Layout;
 use super::mappings;
 use super::seed::{self, Inheritance};
-use super::tree::{self, Stub, Tree};
+use super::tree::{self, Helper, Stub, Tree};
 use crate::sys::task;
 use crate::tracee::{Batch, Stopped, TraceeError};
 use anyhow::{Context as _, Result, bail};
@@ -45,7 +45,12 @@ impl<'a> Grower<'a> {
         let above = fds.max(mapped as i32);
         let seed = seed::grow(layout, namespace, above)?;
         let mut grower = Self {
-            tree: Tree { stubs: BTreeMap::new(), helpers: BTreeMap::new(), init: seed.init, layout },
+            tree: Tree {
+                stubs: BTreeMap::new(),
+                helpers: BTreeMap::new(),
+                parent: Some(seed.parent),
+                layout,
+            },
             seed: Some(seed.stub),
             inheritance: seed.inheritance,
             processes: processes.iter().filter(|p| wanted(p)).map(|p| (p.pid, p)).collect(),
@@ -57,7 +62,16 @@ impl<'a> Grower<'a> {
         }
         grown?;
         for helper in std::mem::take(&mut tree.helpers).into_values() {
-            tree::kill(helper)?;
+            let pid = helper.stopped.ns.0;
+            tree::kill(helper.stopped)?;
+            if let Some(parent) = helper.parent {
+                let mut batch = Batch::new(layout.arena);
+                batch.call("reaping a helper", libc::SYS_wait4, &[pid as u64, 0, libc::__WALL as u64, 0]);
+                tree.stub(parent)?.leader()?.run(batch, false)?.all_ok()?;
+            }
+        }
+        if let Some(launcher) = tree.parent.take_if(|_| !namespace) {
+            tree::kill(launcher)?;
         }
         Ok(tree)
     }
@@ -84,7 +98,9 @@ impl<'a> Grower<'a> {
         match origin {
             Origin::Seed => self.seed.as_mut().context("the first stub is gone"),
             Origin::Stub(pid) => self.tree.stub(pid)?.leader(),
-            Origin::Helper(pid) => self.tree.helpers.get_mut(&pid).context("a helper is gone"),
+            Origin::Helper(pid) => {
+                Ok(&mut self.tree.helpers.get_mut(&pid).context("a helper is gone")?.stopped)
+            }
         }
     }
 
@@ -143,7 +159,7 @@ impl<'a> Grower<'a> {
         let layout = self.tree.layout;
         let between = seed::clone_process(self.stopped(Origin::Stub(leader))?, layout, None, 0)?;
         let key = between.pid;
-        self.tree.helpers.insert(key, between);
+        self.tree.helpers.insert(key, Helper { stopped: between, parent: Some(leader) });
         self.clone(Origin::Helper(key), root.pid, 0)?;
         // Its end makes the process an orphan; the leader reaps it when its signals are reset.
         self.below(root, root.sid)
@@ -160,7 +176,7 @@ impl<'a> Grower<'a> {
                 Err(e) if taken(&e) => seed::clone_process(seed, layout, None, CLONE_PARENT)?,
                 Err(e) => return Err(e),
             };
-            self.tree.helpers.insert(sid, helper);
+            self.tree.helpers.insert(sid, Helper { stopped: helper, parent: None });
             self.call(Origin::Helper(sid), "setsid", libc::SYS_setsid, &[])?;
         }
         Ok(Origin::Helper(sid))
@@ -214,8 +230,9 @@ impl<'a> Grower<'a> {
                 let layout = self.tree.layout;
                 let member = self.stopped(Origin::Stub(process.pid))?;
                 match seed::clone_process(member, layout, Some(group), 0) {
-                    Ok(helper) => {
-                        self.tree.helpers.insert(group, helper);
+                    Ok(stopped) => {
+                        let parent = Some(process.pid);
+                        self.tree.helpers.insert(group, Helper { stopped, parent });
                         self.call(Origin::Helper(group), "setpgid", libc::SYS_setpgid, &[0, 0])?;
                     }
                     Err(e) if taken(&e) => {
@@ -230,7 +247,7 @@ impl<'a> Grower<'a> {
                 }
             }
             // A helper whose number was in use leads a group with another number.
-            let number = self.tree.helpers.get(&group).map_or(group, |h| h.ns.0);
+            let number = self.tree.helpers.get(&group).map_or(group, |h| h.stopped.ns.0);
             self.call(Origin::Stub(process.pid), "setpgid", libc::SYS_setpgid, &[0, number as u64])?;
         }
         Ok(())

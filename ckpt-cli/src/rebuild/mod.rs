@@ -24,6 +24,7 @@ use ckpt_common::image::Kind;
 use ckpt_common::image::file::OpenFile;
 use ckpt_common::image::process::Process;
 use ckpt_common::image::tcp::{Position, TcpSocket};
+use ckpt_common::wire::StandIn;
 use std::path::PathBuf;
 
 pub use plan::Obstacle;
@@ -70,19 +71,14 @@ pub struct Network {
     pub addresses: AddressMap,
     /// Where the other ends of this node's connections stand.
     pub peers: Vec<Position>,
+    /// Ends that no process has any more: made here to say once more that they are closed.
+    pub stand_ins: Vec<StandIn>,
 }
 
 impl Network {
     /// Where the other end of a connection stands.
     fn peer(&self, own: &Position) -> Option<&Position> {
         self.peers.iter().find(|p| p.local == own.peer && p.peer == own.local)
-    }
-
-    /// Is the socket's address one of this node?
-    fn is_here(&self, socket: &TcpSocket) -> bool {
-        let Some(local) = socket.local else { return false };
-        let address = self.addresses.ip(local.canonical().ip);
-        std::net::UdpSocket::bind((address, 0)).is_ok()
     }
 }
 
@@ -118,11 +114,16 @@ impl Session {
         &self.processes
     }
 
-    /// Where the connections of this part stand, for the nodes that have their other ends.
-    pub fn positions(&self) -> Result<Vec<Position>> {
-        let sockets = self.files.iter().filter(|f| f.kind == TcpSocket::KIND);
-        let sockets = sockets.map(|f| objects::decode::<TcpSocket>(f.version, &f.payload));
-        Ok(sockets.collect::<Result<Vec<_>>>()?.iter().filter_map(TcpSocket::position).collect())
+    /// Connections of this part whose other end is finished, with what can stand in for that end.
+    pub fn finished(&self) -> Result<Vec<StandIn>> {
+        let mut all = Vec::new();
+        for file in self.files.iter().filter(|f| f.kind == TcpSocket::KIND) {
+            let socket: TcpSocket = objects::decode(file.version, &file.payload)?;
+            all.extend(
+                socket.position().zip(socket.closed_peer()).map(|(peer, socket)| StandIn { socket, peer }),
+            );
+        }
+        Ok(all)
     }
 
     /// Makes everything. Nothing of the job runs yet, and its connections do not speak.

@@ -129,13 +129,16 @@ fn limits(leader: &mut Stopped, process: &Process, layout: Layout) -> Result<()>
 
 fn timers(leader: &mut Stopped, process: &Process, layout: Layout) -> Result<()> {
     let mut batch = Batch::new(layout.arena);
-    for (which, timer) in process.itimers.iter().enumerate().filter(|(_, t)| t.value != 0) {
+    for (which, timer) in process.itimers.iter().enumerate() {
+        // One that has expired and whose signal still waits shows no time: the kernel starts it again with the
+        // signal's delivery (kernel/time/itimer.c).
+        let value = if timer.value == 0 { timer.interval } else { timer.value };
+        if value == 0 {
+            continue;
+        }
         let parts = |us: u64| [us / 1_000_000, us % 1_000_000];
-        let bytes: Vec<u8> = [parts(timer.interval), parts(timer.value)]
-            .concat()
-            .iter()
-            .flat_map(|w| w.to_ne_bytes())
-            .collect();
+        let bytes: Vec<u8> =
+            [parts(timer.interval), parts(value)].concat().iter().flat_map(|w| w.to_ne_bytes()).collect();
         let at = batch.bytes(&bytes);
         batch.call("setitimer", libc::SYS_setitimer, &[which as u64, at, 0]);
     }

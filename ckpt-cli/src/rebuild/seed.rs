@@ -45,12 +45,13 @@ pub(super) struct Inheritance {
     pub(super) vdso: Vec<u8>,
 }
 
-/// The first stub and, with a PID namespace, its init.
+/// The first stub and its parent.
 pub(super) struct Seed {
     /// Emptied; others are cloned from it.
     pub(super) stub: Stopped,
-    /// First process of the PID namespace.
-    pub(super) init: Option<Stopped>,
+    /// Parent of all processes without parent in the job: the init of their PID namespace, or a launcher that ends
+    /// when they are there, so that they belong to this node's init and not to us.
+    pub(super) parent: Stopped,
     /// What stubs inherit.
     pub(super) inheritance: Inheritance,
 }
@@ -89,20 +90,17 @@ pub(super) fn grow(layout: Layout, namespace: bool, above: i32) -> Result<Seed> 
     let pieces =
         Finder::default().find(pid, &maps).context("this kernel gives no vdso: nothing can be injected")?;
     map_arena(&mut first, &pieces, layout)?;
-    let (mut stub, init) = if namespace {
+    if namespace {
         remount_proc(&mut first, layout)?;
-        let stub = clone_process(&mut first, layout, None, 0)?;
-        let mut batch = Batch::new(layout.arena);
-        batch.call("closing descriptors", libc::SYS_close_range, &[0, u64::from(u32::MAX), 0]);
-        first.run(batch, false)?.all_ok()?;
-        (stub, Some(first))
-    } else {
-        (first, None)
-    };
+    }
+    let mut stub = clone_process(&mut first, layout, None, 0)?;
+    let mut batch = Batch::new(layout.arena);
+    batch.call("closing descriptors", libc::SYS_close_range, &[0, u64::from(u32::MAX), 0]);
+    first.run(batch, false)?.all_ok()?;
     let mut inheritance =
         Inheritance { layout, parked: Vec::new(), restorer: restorer.as_raw_fd(), vdso: Vec::new() };
     empty(&mut stub, &maps, &mut inheritance).context("emptying the first stub")?;
-    Ok(Seed { stub, init, inheritance })
+    Ok(Seed { stub, parent: first, inheritance })
 }
 
 fn map_arena(stub: &mut Stopped, pieces: &Pieces, layout: Layout) -> Result<()> {

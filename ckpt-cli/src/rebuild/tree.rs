@@ -27,13 +27,21 @@ impl Stub {
     }
 }
 
+/// A stub in the place of a process that has ended.
+pub(super) struct Helper {
+    /// It.
+    pub(super) stopped: Stopped,
+    /// The stub whose child it is, and who must reap it; `None` for the parent of all.
+    pub(super) parent: Option<i32>,
+}
+
 /// All stubs. Dropping it kills them.
 pub(super) struct Tree {
     pub(super) stubs: BTreeMap<i32, Stub>,
     /// Stubs that are needed only while the tree grows.
-    pub(super) helpers: BTreeMap<i32, Stopped>,
-    /// First process of the job's PID namespace, where it has one.
-    pub(super) init: Option<Stopped>,
+    pub(super) helpers: BTreeMap<i32, Helper>,
+    /// Parent of the root processes; init of the job's PID namespace, where it has one.
+    pub(super) parent: Option<Stopped>,
     pub(super) layout: Layout,
 }
 
@@ -78,7 +86,7 @@ impl Tree {
                 thread.release()?;
             }
         }
-        if let Some(init) = self.init.take() {
+        if let Some(init) = self.parent.take() {
             init.write(crate::sys::clone::reap_flag(), &[1])?;
             init.release()?;
         }
@@ -89,8 +97,8 @@ impl Tree {
 impl Drop for Tree {
     fn drop(&mut self) {
         let stubs = std::mem::take(&mut self.stubs).into_values().flat_map(|s| s.threads);
-        let helpers = std::mem::take(&mut self.helpers).into_values();
-        for stopped in stubs.chain(helpers).chain(self.init.take()) {
+        let helpers = std::mem::take(&mut self.helpers).into_values().map(|helper| helper.stopped);
+        for stopped in stubs.chain(helpers).chain(self.parent.take()) {
             if let Err(error) = kill(stopped) {
                 tracing::warn!(%error, "a stub could not be removed");
             }

@@ -3,7 +3,7 @@
 use super::Blocker;
 use crate::image::{
     manifest::{NodeAddress, PartRef},
-    tcp::Position,
+    tcp::{Position, TcpSocket},
 };
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -63,6 +63,18 @@ pub struct RestoreReport {
     pub blockers: Vec<Blocker>,
     /// The node's addresses, without those of loopback interfaces.
     pub addresses: Vec<NodeAddress>,
+    /// Connections whose other end has said that it is finished: it may have been closed, and then a
+    /// stand-in must say so again, on the node that has its address.
+    pub finished: Vec<StandIn>,
+}
+
+/// The other end of a connection, which no process has any more.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandIn {
+    /// What is to be rebuilt in its place.
+    pub socket: TcpSocket,
+    /// Where the end that lives on stands.
+    pub peer: Position,
 }
 
 /// How the job's connections find each other again.
@@ -73,4 +85,6 @@ pub struct NetworkTask {
     /// For each end, on this node, of a connection inside the job: where the other end stands, in
     /// addresses of the dump.
     pub peers: Vec<Position>,
+    /// Ends of connections that this node builds for others, and closes.
+    pub stand_ins: Vec<StandIn>,
 }

@@ -14,6 +14,7 @@ use ckpt_common::{
 };
 use std::{
     cell::RefCell,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -188,6 +189,108 @@ fn network_tasks(manifest: &Manifest, reports: &[RestoreReport]) -> Vec<NetworkT
         });
         ends.filter(|(own, _)| own.node as usize == node).map(|(_, other)| other.position).collect()
     };
-    let task = |node| NetworkTask { addresses: addresses.clone(), peers: peers(node) };
-    (0..manifest.nodes.len()).map(task).collect()
+    let task = |node| NetworkTask { addresses: addresses.clone(), peers: peers(node), stand_ins: Vec::new() };
+    let mut tasks: Vec<_> = (0..manifest.nodes.len()).map(task).collect();
+    for (node, report) in reports.iter().enumerate() {
+        for stand_in in &report.finished {
+            let (own, Some(position)) = (stand_in.peer, stand_in.socket.position()) else { continue };
+            if tasks[node].peers.iter().any(|peer| own.matches(peer)) {
+                continue;
+            }
+            // Where nobody has the address, the connection led out of the job: it comes back broken.
+            if let Some(place) = home(manifest, node, own.peer.ip) {
+                tasks[node].peers.push(position);
+                tasks[place].stand_ins.push(stand_in.clone());
+            }
+        }
+    }
+    tasks
+}
+
+/// The node that had an address at the dump, as seen from `node`.
+fn home(manifest: &Manifest, node: usize, ip: IpAddr) -> Option<usize> {
+    let ip = ip.to_canonical();
+    let has = |at: &usize| manifest.nodes[*at].addresses.iter().any(|own| own.address.to_canonical() == ip);
+    if ip.is_loopback() || has(&node) {
+        return Some(node);
+    }
+    (0..manifest.nodes.len()).find(has)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ckpt_common::image::Digest;
+    use ckpt_common::image::manifest::{Channel, ChannelEnd, NodeAddress, PartRef};
+    use ckpt_common::image::socket::{Address, SocketSettings};
+    use ckpt_common::image::tcp::{Receiving, Sending, Stream, TcpSocket, TcpState, Window};
+    use ckpt_common::wire::StandIn;
+
+    fn address(ip: &str, port: u16) -> Address {
+        Address { ip: ip.parse().unwrap(), port, scope: 0 }
+    }
+
+    /// A connection of which the other end has sent its FIN.
+    fn finished(local: Address, peer: Address) -> StandIn {
+        let stream = Stream {
+            peer,
+            kernel_state: 8,
+            sending: Sending { end: 7, queue: Vec::new(), unsent: 0, finished: false },
+            receiving: Receiving { next: 70, queue: b"rest".into(), finished: true, shut: false },
+            max_segment: 1460,
+            window_scales: None,
+            sack: true,
+            timestamp: None,
+            window: Window { update: 70, send: 100, max: 100, receive: 100, announced_at: 70 },
+        };
+        let socket = TcpSocket {
+            ipv6: false,
+            local: Some(local),
+            settings: SocketSettings::default(),
+            state: TcpState::Connected(Box::new(stream)),
+        };
+        StandIn { peer: socket.position().unwrap(), socket: socket.closed_peer().unwrap() }
+    }
+
+    #[test]
+    fn closed_ends_are_built_where_their_address_was() {
+        let node = |ip: &str| NodePart {
+            name: ip.to_owned(),
+            kernel: String::new(),
+            part: PartRef {
+                id: Digest([0; 32]),
+                bytes: 0,
+                packs: Vec::new(),
+                records: 0,
+                data_pages: 0,
+                zero_pages: 0,
+            },
+            addresses: vec![NodeAddress { interface: "eth0".into(), address: ip.parse().unwrap() }],
+            processes: Vec::new(),
+        };
+        let both = [
+            finished(address("10.0.0.1", 1), address("10.0.0.2", 2)),
+            finished(address("10.0.0.1", 3), address("10.0.0.2", 4)),
+        ];
+        // Of the second, the other end is in the job and captured.
+        let other = both[1].socket.position().unwrap();
+        let ends = [ChannelEnd { node: 0, position: both[1].peer }, ChannelEnd { node: 1, position: other }];
+        let manifest = Manifest {
+            nodes: vec![node("10.0.0.1"), node("10.0.0.2")],
+            channels: vec![Channel { ends }],
+            ..Manifest::default()
+        };
+        let near = finished(address("127.0.0.1", 1), address("127.0.0.1", 2));
+        let far = finished(address("10.0.0.1", 1), address("10.9.9.9", 2));
+        let [first, second] = both;
+        let one = RestoreReport {
+            finished: vec![first.clone(), second, near.clone(), far],
+            ..RestoreReport::default()
+        };
+        let tasks = network_tasks(&manifest, &[one, RestoreReport::default()]);
+        assert_eq!(tasks[0].stand_ins, std::slice::from_ref(&near));
+        assert_eq!(tasks[1].stand_ins, std::slice::from_ref(&first));
+        let peers = [Some(other), first.socket.position(), near.socket.position()];
+        assert_eq!(tasks[0].peers.iter().copied().map(Some).collect::<Vec<_>>(), peers);
+    }
 }

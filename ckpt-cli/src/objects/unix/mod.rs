@@ -39,7 +39,8 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
         path_mode = nix::sys::stat::stat(path).ok().map(|s| (s.st_mode & 0o7777, s.st_uid, s.st_gid));
     }
     let inode = probe.stat.st_ino;
-    let peer = peers.peer(inode, ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0);
+    let listening = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0;
+    let peer = peers.peer(inode, socket_type, listening);
     if matches!(peer, Peer::Waiting(_)) && ioctl::unsent(fd)? != 0 {
         bail!("it sent data to a listener that has not accepted it yet: try again in a moment");
     }
@@ -51,7 +52,7 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
         .collect();
     let messages = match peer {
         Peer::Listening { .. } => Vec::new(),
-        _ => queue(fd, context).context("looking at the queue")?,
+        _ => queue(fd, socket_type, context).context("looking at the queue")?,
     };
     Captured::new(&UnixSocket {
         socket_type,
@@ -66,25 +67,41 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
 }
 
 /// The queue, message by message: the kernel keeps the place in `SO_PEEK_OFF` (socket(7)).
-fn queue(fd: BorrowedFd<'_>, context: &mut dyn CaptureContext) -> Result<Vec<Message>> {
-    if ioctl::readable(fd)? == 0
-        && unix_socket::peek(fd, 1)?.is_none_or(|m| m.data.is_empty() && m.files.is_empty())
-    {
+fn queue(fd: BorrowedFd<'_>, socket_type: i32, context: &mut dyn CaptureContext) -> Result<Vec<Message>> {
+    let empty = |m: &unix_socket::Peeked| m.data.is_empty() && m.files.is_empty() && m.from.is_none();
+    if ioctl::readable(fd)? == 0 && unix_socket::peek(fd, 1)?.is_none_or(|m| empty(&m)) {
         return Ok(Vec::new());
     }
     let place = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+    let messages = peek_all(fd, socket_type);
+    ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place)?;
+    messages?.into_iter().map(|message| finish(message, socket_type, context)).collect()
+}
+
+fn finish(
+    message: unix_socket::Peeked,
+    socket_type: i32,
+    context: &mut dyn CaptureContext,
+) -> Result<Message> {
+    let files = message.files.into_iter().map(|f| context.in_flight(f)).collect::<Result<_>>()?;
+    // Of a connection, the other end is known; its name, if it has one, is its listener's, too.
+    let from = message.from.filter(|_| socket_type == libc::SOCK_DGRAM);
+    Ok(Message { data: message.data, from, files })
+}
+
+/// A read of a stream ends with the first write that carries descriptors, and so does a look. Bytes that were written
+/// before it and are unread, too, come in the same look, and no interface tells where they end: they are put back as
+/// one write, so a program that reads just those first gets the descriptors that much earlier.
+fn peek_all(fd: BorrowedFd<'_>, socket_type: i32) -> Result<Vec<unix_socket::Peeked>> {
     ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let mut messages = Vec::new();
-    let result = (|| -> Result<()> {
-        while let Some(message) = unix_socket::peek(fd, PIECE)? {
-            if message.data.is_empty() && message.files.is_empty() && message.from.is_none() {
-                break; // end of the stream
-            }
-            let files = message.files.into_iter().map(|f| context.in_flight(f)).collect::<Result<_>>()?;
-            messages.push(Message { data: message.data, from: message.from, files });
+    while let Some(message) = unix_socket::peek(fd, PIECE)? {
+        let stream_end =
+            socket_type != libc::SOCK_DGRAM && message.data.is_empty() && message.files.is_empty();
+        if stream_end {
+            break;
         }
-        Ok(())
-    })();
-    ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place)?;
-    result.map(|()| messages)
+        messages.push(message);
+    }
+    Ok(messages)
 }

@@ -87,14 +87,15 @@ impl Peers {
     }
 
     /// What the socket is connected to.
-    pub fn peer(&self, inode: u64, listening: bool) -> Peer {
+    pub fn peer(&self, inode: u64, socket_type: i32, listening: bool) -> Peer {
         let entry = self.entries.get(&inode).cloned().unwrap_or_default();
         match entry {
             Entry { backlog, .. } if listening => Peer::Listening { backlog },
             Entry { peer, .. } if peer != 0 => Peer::Inode(peer),
             _ if self.waiting.contains_key(&inode) => Peer::Waiting(self.waiting[&inode]),
-            Entry { state: ESTABLISHED, .. } => Peer::Gone,
-            Entry { shutdown: 3, .. } => Peer::Gone,
+            // A datagram socket is called established as soon as another one has connected to it.
+            Entry { state: ESTABLISHED, .. } if socket_type != libc::SOCK_DGRAM => Peer::Gone,
+            Entry { shutdown: 3, .. } if socket_type != libc::SOCK_DGRAM => Peer::Gone,
             _ => Peer::None,
         }
     }

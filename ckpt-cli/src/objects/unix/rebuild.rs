@@ -105,7 +105,8 @@ impl Rebuilder {
             Peer::Listening { backlog } => {
                 let fd = new(&record)?;
                 bind(&fd, &record)?;
-                listen(&fd, Backlog::new(backlog.min(i32::MAX as u32) as i32).unwrap_or(Backlog::MAXCONN))?;
+                listen(&fd, Backlog::new(backlog.min(i32::MAX as u32) as i32).unwrap_or(Backlog::MAXCONN))
+                    .context("listening")?;
                 fd
             }
             Peer::Waiting(listener) => {
@@ -183,7 +184,7 @@ impl Rebuilder {
             None => {
                 temporary = new(server)?;
                 bind(&temporary, server)?;
-                listen(&temporary, Backlog::new(1)?)?;
+                listen(&temporary, Backlog::new(1)?).context("listening for a moment")?;
                 &temporary
             }
         };
@@ -258,7 +259,7 @@ impl Rebuilder {
             let sender = from.unwrap_or(sender);
             let mut rest = &message.data[..];
             loop {
-                let n = unix_socket::send(sender.as_fd(), rest, &fds, to)?;
+                let n = unix_socket::send(sender.as_fd(), rest, &fds, to).context("filling its queue")?;
                 rest = &rest[n..];
                 fds.clear();
                 if rest.is_empty() {
