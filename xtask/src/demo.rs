@@ -34,7 +34,7 @@ pub(crate) fn run() -> Result<()> {
         demo.logs();
     }
     drop(demo.nodes);
-    result?;
+    result.context("the demo failed")?;
     println!();
     for check in &demo.checks {
         println!("{check}");
@@ -256,7 +256,7 @@ impl Demo {
 
     /// What the parts of the job have said, after a failure.
     fn logs(&self) {
-        for name in ["master.log", "replica.log", "client.log", "client.json"] {
+        for name in ["master.log", "replica.log", "client.log"] {
             let text = fs::read_to_string(self.nodes.folder.join("shared").join(name)).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             eprintln!("--- {name}\n{}", lines[lines.len().saturating_sub(15)..].join("\n"));

@@ -1,6 +1,7 @@
 //! `cargo xtask <task>`: everything a person does to the repository.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command for people, not a library")]
 
+mod bench;
 mod check;
 mod cluster;
 mod command;
@@ -44,6 +45,12 @@ enum Task {
         /// Only those whose name contains one of these words
         words: Vec<String>,
     },
+    /// What a dump and a restore cost on this machine
+    Bench {
+        /// What is measured
+        #[arg(value_enum)]
+        what: Measured,
+    },
     /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
     Cluster {
         /// What to do
@@ -58,6 +65,12 @@ enum Task {
     },
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Measured {
+    /// Pause, dump, image and restore: of a large process, and of many of each thing
+    Dump,
+}
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Setup => setup::packages(),
@@ -65,6 +78,7 @@ fn main() -> ExitCode {
         Task::Test { fast, ebpf } => check::test(fast, ebpf),
         Task::Demo => demo::run(),
         Task::Mutants { words } => mutants::mutants(&words),
+        Task::Bench { what: Measured::Dump } => bench::dump(),
         Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };
