@@ -69,14 +69,28 @@ impl Job {
 
     /// Runs `ckpt` with the job's store.
     pub fn ckpt(&self, arguments: &[&str]) -> Result<Output> {
+        self.ckpt_with(arguments, &[])
+    }
+
+    fn ckpt_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
         let mut command = Command::new(build_folder()?.join("ckpt"));
-        command.arg("--store").arg(self.path("store")).args(arguments).stdin(Stdio::null());
+        command
+            .arg("--store")
+            .arg(self.path("store"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .envs(variables.iter().copied());
         command.env_remove("RUST_BACKTRACE").output().context("running ckpt")
     }
 
     /// Runs `ckpt`, which must succeed.
     pub fn ok(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.ckpt(arguments)?;
+        self.ok_with(arguments, &[])
+    }
+
+    /// The same, with variables in its environment.
+    pub fn ok_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<String> {
+        let output = self.ckpt_with(arguments, variables)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         ensure!(
             output.status.success(),

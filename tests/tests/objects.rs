@@ -90,3 +90,37 @@ fn unix_sockets() -> Result<()> {
 fn waiting_calls_do_not_see_the_freeze() -> Result<()> {
     survives("calls")
 }
+
+/// The node of the restore has another vdso: the old code stays, its functions jump to the new ones. Forced, since all
+/// tests run on one kernel.
+#[test]
+fn another_vdso_at_the_destination() -> Result<()> {
+    let mut job = Job::new("vdso")?;
+    let code = r"
+import os, time, threading
+def tick():
+    while True:
+        a = time.time(); b = time.monotonic(); c = time.perf_counter_ns()
+        assert time.time() >= a and time.monotonic() >= b and time.perf_counter_ns() >= c
+threading.Thread(target=tick, daemon=True).start()
+print('ready', flush=True)
+while not os.path.exists('stop'):
+    time.sleep(0.001)
+print('pass', flush=True)
+";
+    std::fs::write(job.path("work.py"), code)?;
+    job.start(&["/usr/bin/python3", "work.py"])?;
+    job.until_output("ready")?;
+    for _ in 0..2 {
+        job.pause(200);
+        job.dump(true)?;
+        job.ok_with(&["restore", "vdso", "--pids", "same"], &[("CKPT_FAULT_OTHER_VDSO", "1")])?;
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", job.pid()))?;
+        ensure!(maps.contains("[vdso]"), "{maps}");
+    }
+    job.pause(200);
+    std::fs::write(job.path("stop"), "")?;
+    job.wait()?;
+    ensure!(job.output()? == "ready\npass\n", "{}", job.output()?);
+    Ok(())
+}

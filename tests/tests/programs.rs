@@ -56,8 +56,8 @@ print(hashlib.sha256(np.round(b, 6).tobytes()).hexdigest(), len(os.listdir('/pro
 fn xz_with_two_threads() -> Result<()> {
     let job = Job::new("xz-data")?;
     let data = job.path("data");
-    undisturbed(&job, "for i in $(seq 12); do seq $i 7 6000000; done > data")?;
-    same_result("xz", &format!("xz -T2 -1 -c {} | md5sum", data.display()), 900)
+    undisturbed(&job, "for i in $(seq 24); do seq $i 7 6000000; done > data")?;
+    same_result("xz", &format!("xz -T2 -1 -c {} | md5sum", data.display()), 600)
 }
 
 #[test]
