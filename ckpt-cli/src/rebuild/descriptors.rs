@@ -1,7 +1,6 @@
 //! The descriptor table of a stub: descriptors taken from our table, and registrations that depend on their numbers.
 
 use super::files::Files;
-use super::mappings::flush_if_full;
 use super::tree::Stub;
 use crate::tracee::Batch;
 use anyhow::{Context as _, Result};
@@ -35,7 +34,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
             batch.call("closing a descriptor", libc::SYS_close, &[got]);
         }
         used.insert(descriptor.fd);
-        flush_if_full(leader, &mut batch)?;
+        leader.flush(&mut batch)?;
     }
     for descriptor in &process.fds {
         for target in files.epoll(descriptor.file, process).context("rebuilding an epoll")? {
@@ -48,7 +47,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
                 libc::SYS_epoll_ctl,
                 &[fd, libc::EPOLL_CTL_ADD as u64, watched, at],
             );
-            flush_if_full(leader, &mut batch)?;
+            leader.flush(&mut batch)?;
         }
     }
     for descriptor in &process.fds {
@@ -60,7 +59,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
             batch.call(format!("the owner of fd {fd}"), libc::SYS_fcntl, &[fd, F_SETOWN_EX, at]);
         }
         batch.call(format!("the signal of fd {fd}"), libc::SYS_fcntl, &[fd, F_SETSIG, signal as u64]);
-        flush_if_full(leader, &mut batch)?;
+        leader.flush(&mut batch)?;
     }
     for (fd, lock) in files.locks(process) {
         // struct flock: type, whence, start, length, pid
@@ -71,7 +70,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
         bytes.extend_from_slice(&[0; 8]);
         let at = batch.bytes(&bytes);
         batch.call(format!("locking fd {fd}"), libc::SYS_fcntl, &[fd as u64, libc::F_SETLK as u64, at]);
-        flush_if_full(leader, &mut batch)?;
+        leader.flush(&mut batch)?;
     }
     batch.call("closing the way to our table", libc::SYS_close, &[restorer]);
     leader.run(batch, false)?.all_ok()?;

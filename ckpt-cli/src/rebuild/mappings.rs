@@ -48,7 +48,7 @@ fn pull(
             libc::SYS_pidfd_getfd,
             &[inheritance.restorer as u64, ours as u64, 0],
         );
-        flush_if_full(leader, &mut batch)?;
+        leader.flush(&mut batch)?;
     }
     leader.run(batch, false)?.all_ok()?;
     Ok(pulled)
@@ -64,16 +64,6 @@ pub(super) fn mapped(space: &AddressSpace) -> BTreeMap<FileId, u64> {
         }
     }
     numbers
-}
-
-/// Runs a batch that has become full and begins a new one.
-pub(super) fn flush_if_full(stopped: &mut Stopped, batch: &mut Batch) -> Result<()> {
-    if batch.fits(4096) {
-        return Ok(());
-    }
-    let arena = batch.arena();
-    let full = std::mem::replace(batch, Batch::new(arena));
-    Ok(stopped.run(full, false)?.all_ok()?)
 }
 
 fn map(
@@ -98,7 +88,7 @@ fn map(
             let name = format!("madvise({advice}) for {:x}-{:x}", mapping.start, mapping.end);
             batch.call(name, libc::SYS_madvise, &[mapping.start, size, *advice as u64]);
         }
-        flush_if_full(leader, &mut batch)?;
+        leader.flush(&mut batch)?;
     }
     Ok(leader.run(batch, false)?.all_ok()?)
 }

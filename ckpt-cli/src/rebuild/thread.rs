@@ -123,7 +123,7 @@ pub(super) fn queue(stopped: &mut Stopped, pending: &[SigInfo], shared: bool, la
         } else {
             batch.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[tgid, tid, signal as u64, at]);
         }
-        super::mappings::flush_if_full(stopped, &mut batch)?;
+        stopped.flush(&mut batch)?;
     }
     if batch.is_empty() { Ok(()) } else { Ok(stopped.run(batch, false)?.all_ok()?) }
 }

@@ -219,6 +219,15 @@ impl Stopped {
         batch.load(self.pid, self.tid)
     }
 
+    /// Runs a batch that has become full, in a stub, and begins a new one.
+    pub fn flush(&mut self, batch: &mut Batch) -> Result<()> {
+        if batch.fits(4096) {
+            return Ok(());
+        }
+        let full = std::mem::replace(batch, Batch::new(batch.arena()));
+        self.run(full, false)?.all_ok()
+    }
+
     /// Resumes until `done` says that the stop is the one waited for. Signals that arrive meanwhile are kept.
     fn resume_until(
         &mut self,
