@@ -241,13 +241,14 @@ fn exit_codes() -> Result<()> {
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(code(&output) == 5, "exit code {} without privileges: {text}", code(&output));
     scene.assert_running()?;
-    // Damage: a flipped byte in the middle of a pack.
-    let packs = scene.cluster.shared().join("store/packs");
-    let pack: PathBuf = fs::read_dir(&packs)?.next().context("a pack")??.path();
-    let mut bytes = fs::read(&pack)?;
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    fs::write(&pack, bytes)?;
+    // Damage: a flipped byte in the middle of every pack; there are those of two checkpoints.
+    for pack in fs::read_dir(scene.cluster.shared().join("store/packs"))? {
+        let pack: PathBuf = pack?.path();
+        let mut bytes = fs::read(&pack)?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&pack, bytes)?;
+    }
     expect("verify pair@1", "", 12, "has a wrong checksum")
 }
 
