@@ -9,6 +9,7 @@
 #include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 enum { EPOLL, EPOLL_TIMED, POLL, POLL_TIMED, SELECT, SLEEP, FUTEX, FUTEX_TIMED, PIPE, EVENT, RECV, RECV_TIMED, ACCEPT, SIGWAIT, FLOCK, KINDS };
 static const char *names[] = { "epoll_wait", "epoll_wait timed", "poll", "poll timed", "select", "nanosleep", "futex", "futex timed", "read pipe", "read eventfd", "recv", "recv timed", "accept", "sigtimedwait", "flock" };
@@ -67,8 +68,9 @@ int main(void)
     CHECK(pipe(tube) == 0 && (event = eventfd(0, 0)) >= 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair2) == 0);
     listener = socket(AF_UNIX, SOCK_STREAM, 0);
-    struct { sa_family_t family; char path[20]; } address = { AF_UNIX, "\0ckpt-calls-work" };
-    CHECK(bind(listener, (void *)&address, 2 + 16) == 0 && listen(listener, 1) == 0);
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int length = snprintf(address.sun_path + 1, 40, "ckpt-calls-%d", getpid());
+    CHECK(bind(listener, (void *)&address, (socklen_t)(3 + length)) == 0 && listen(listener, 1) == 0);
     lock = open("lock", O_RDWR | O_CREAT, 0600);
     CHECK(flock(lock, LOCK_EX) == 0 && (epoll = epoll_create1(0)) >= 0);
     for (long i = 0; i < KINDS; i++)

@@ -59,13 +59,14 @@ static int joined(int type, const char *path)
 
 int main(void)
 {
-    char directory[64], stream_path[108], dgram_path[108], got[64];
+    char directory[64], stream_path[108], dgram_path[108], hidden_name[40], got[64];
     CHECK(getcwd(directory, sizeof directory));
     snprintf(stream_path, sizeof stream_path, "%s/stream", directory);
     snprintf(dgram_path, sizeof dgram_path, "%s/dgram", directory);
     int pair[2], packets[2], half[2], dgrams[2], gone[2], tube[2], file, carried;
+    snprintf(hidden_name, sizeof hidden_name, "@ckpt-unixes-%d", getpid());
     int server = named(SOCK_STREAM, stream_path, 5), client = joined(SOCK_STREAM, stream_path), accepted = accept(server, NULL, NULL);
-    int hidden = named(SOCK_SEQPACKET, "@ckpt-unixes-work", 5), packet_client = joined(SOCK_SEQPACKET, "@ckpt-unixes-work"), packet_accepted = accept(hidden, NULL, NULL);
+    int hidden = named(SOCK_SEQPACKET, hidden_name, 5), packet_client = joined(SOCK_SEQPACKET, hidden_name), packet_accepted = accept(hidden, NULL, NULL);
     int mailbox = named(SOCK_DGRAM, dgram_path, 0), sender = joined(SOCK_DGRAM, dgram_path), waiting;
     struct sockaddr_un address;
     socklen_t length = sizeof address;
@@ -113,6 +114,6 @@ int main(void)
     CHECK(accepted2 >= 0 && send(accepted2, "hello", 5, 0) == 5 && recv(waiting, got, 64, 0) == 5);
     int late = joined(SOCK_STREAM, stream_path); /* the name still leads here */
     CHECK(accept(server, NULL, NULL) >= 0 && late >= 0);
-    CHECK(joined(SOCK_SEQPACKET, "@ckpt-unixes-work") >= 0 && accept(hidden, NULL, NULL) >= 0);
+    CHECK(joined(SOCK_SEQPACKET, hidden_name) >= 0 && accept(hidden, NULL, NULL) >= 0);
     return pass();
 }
