@@ -59,7 +59,7 @@ static int joined(int type, const char *path)
 
 int main(void)
 {
-    char directory[64], stream_path[108], dgram_path[108], hidden_name[40], got[64];
+    char directory[64], stream_path[108], dgram_path[108], hidden_name[40], own_path[108], got[64];
     CHECK(getcwd(directory, sizeof directory));
     snprintf(stream_path, sizeof stream_path, "%s/stream", directory);
     snprintf(dgram_path, sizeof dgram_path, "%s/dgram", directory);
@@ -88,6 +88,12 @@ int main(void)
     CHECK(send(client, "to server", 9, 0) == 9 && send(accepted, "to client", 9, 0) == 9);
     CHECK(send(packet_client, "packet", 6, 0) == 6);
     CHECK(send(sender, "mail 1", 6, 0) == 6 && send(sender, "mail two", 8, 0) == 8);
+    snprintf(own_path, sizeof own_path, "%s/own", directory);
+    int both = named(SOCK_STREAM, own_path, 0); /* a client with a name of its own */
+    address = (struct sockaddr_un){ .sun_family = AF_UNIX };
+    strcpy(address.sun_path, stream_path);
+    CHECK(connect(both, (void *)&address, (socklen_t)(2 + strlen(stream_path) + 1)) == 0);
+    int from_both = accept(server, NULL, NULL);
     waiting = joined(SOCK_STREAM, stream_path); /* not accepted yet */
     ready();
 
@@ -107,6 +113,11 @@ int main(void)
     CHECK(getsockname(accepted, (void *)&address, &length) == 0 && !strcmp(address.sun_path, stream_path));
     length = sizeof address;
     CHECK(getpeername(client, (void *)&address, &length) == 0 && !strcmp(address.sun_path, stream_path));
+    length = sizeof address;
+    CHECK(getpeername(from_both, (void *)&address, &length) == 0 && !strcmp(address.sun_path, own_path));
+    length = sizeof address;
+    CHECK(getsockname(from_both, (void *)&address, &length) == 0 && !strcmp(address.sun_path, stream_path));
+    CHECK(send(both, "named", 5, 0) == 5 && recv(from_both, got, 64, 0) == 5);
     CHECK(recv(packet_accepted, got, 64, 0) == 6 && send(packet_accepted, "ok", 2, 0) == 2 && recv(packet_client, got, 64, 0) == 2);
     CHECK(recv(mailbox, got, 64, 0) == 6 && recv(mailbox, got, 64, 0) == 8 && !memcmp(got, "mail two", 8));
     CHECK(send(sender, "mail 3", 6, 0) == 6 && recv(mailbox, got, 64, 0) == 6);

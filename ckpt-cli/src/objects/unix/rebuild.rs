@@ -150,12 +150,20 @@ impl Rebuilder {
 
     /// A connected pair. An end with a name got it from the listener that accepted it, so it is accepted again.
     fn pair(&self, one: &UnixSocket, other: Option<&UnixSocket>) -> Result<(OwnedFd, OwnedFd)> {
+        let listens = |name: &Vec<u8>| {
+            let mut all = self.records.values();
+            all.any(|r| matches!(r.peer, Peer::Listening { .. }) && r.address.as_ref() == Some(name))
+        };
         let (fd, peer) = match (&one.address, other.and_then(|o| o.address.as_ref())) {
             (None, None) => socketpair(AddressFamily::Unix, kind(one), None, SockFlag::SOCK_CLOEXEC)
                 .context("making a socket pair")?,
-            (Some(name), _) => self.accepted(one, name, other)?,
-            (None, Some(name)) => {
-                let server = other.context("a named end without a record")?;
+            // Where both ends have names, the accepted one has its listener's.
+            (Some(name), theirs) if theirs.is_none_or(|theirs| listens(name) || !listens(theirs)) => {
+                self.accepted(one, name, other)?
+            }
+            (_, name) => {
+                let (server, name) =
+                    (other.context("a named end without a record")?, name.context("no name")?);
                 let (server, client) = self.accepted(server, name, Some(one))?;
                 (client, server)
             }
