@@ -306,7 +306,7 @@ fn open_file(found: &Found, captured: Captured) -> Result<OpenFile> {
 }
 
 impl CaptureContext for Table<'_> {
-    fn stage(&mut self, key: (u64, u64), file: &File, _size: u64) -> Result<MemoryId> {
+    fn stage(&mut self, key: (u64, u64), file: &File) -> Result<MemoryId> {
         if let Some(id) = self.staged.get(&key) {
             return Ok(*id);
         }
@@ -316,15 +316,11 @@ impl CaptureContext for Table<'_> {
         Ok(id)
     }
 
-    fn file_at(&self, pid: i32, fd: i32) -> Option<FileId> {
-        self.descriptors.get(&pid)?.iter().find(|d| d.fd == fd).map(|d| d.file)
-    }
-
     fn epoll_target(&self, pid: i32, epfd: i32, tfd: i32, nth: u32) -> Option<FileId> {
         let is =
             |owner: i32, fd: i32| kcmp::epoll_target(owner, fd, pid, epfd, tfd as u32, nth).unwrap_or(false);
         if is(pid, tfd) {
-            return self.file_at(pid, tfd);
+            return self.descriptors.get(&pid)?.iter().find(|d| d.fd == tfd).map(|d| d.file);
         }
         let all = self.descriptors.iter().flat_map(|(pid, table)| table.iter().map(move |d| (*pid, d)));
         all.into_iter().find(|(owner, d)| is(*owner, d.fd)).map(|(_, d)| d.file)

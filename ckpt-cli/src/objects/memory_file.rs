@@ -15,7 +15,7 @@ pub fn capture(probe: &Probe, context: &mut dyn CaptureContext) -> Result<Captur
     let file =
         File::from(RebuildContext::reopen(&probe.file, libc::O_RDONLY).context("opening it for reading")?);
     let size = probe.stat.st_size as u64;
-    let content = context.stage((probe.stat.st_dev, probe.stat.st_ino), &file, size)?;
+    let content = context.stage((probe.stat.st_dev, probe.stat.st_ino), &file)?;
     let name = probe.link.strip_prefix("/memfd:").map(|n| n.trim_end_matches(" (deleted)").to_owned());
     // Shared anonymous memory has no seals and answers EINVAL.
     let seals = fcntl(&probe.file, FcntlArg::F_GET_SEALS).unwrap_or(0);

@@ -161,9 +161,7 @@ impl FdInfo {
 pub trait CaptureContext {
     /// Stages the bytes of a file or memory object and gives its identity; the same key gives the same identity
     /// without copying again.
-    fn stage(&mut self, key: (u64, u64), file: &File, size: u64) -> Result<MemoryId>;
-    /// Identity of the description behind a descriptor of a process of the job, if it is known.
-    fn file_at(&self, pid: i32, fd: i32) -> Option<FileId>;
+    fn stage(&mut self, key: (u64, u64), file: &File) -> Result<MemoryId>;
     /// Finds the description that `epfd` of `pid` watches under the number `tfd`.
     fn epoll_target(&self, pid: i32, epfd: i32, tfd: i32, nth: u32) -> Option<FileId>;
     /// Registers a descriptor that was found in flight in a socket.
@@ -207,8 +205,6 @@ impl Captured {
 pub struct RebuildContext<'a> {
     /// Already rebuilt memory and deleted files by their key, to be opened again.
     pub by_inode: HashMap<u64, OwnedFd>,
-    /// Rebuilt descriptions.
-    pub files: HashMap<FileId, OwnedFd>,
     /// Fills a new file with the bytes of a memory object.
     pub fill: &'a mut dyn FnMut(MemoryId, &File) -> Result<()>,
 }

@@ -63,7 +63,7 @@ fn stage(probe: &Probe, context: &mut dyn CaptureContext) -> Result<ckpt_common:
         RebuildContext::reopen(&probe.file, libc::O_RDONLY)
             .with_context(|| format!("opening {} for reading, to save its content", probe.link))?,
     );
-    context.stage((probe.stat.st_dev, probe.stat.st_ino), &file, probe.stat.st_size as u64)
+    context.stage((probe.stat.st_dev, probe.stat.st_ino), &file)
 }
 
 /// Locks as fdinfo shows them: `1: POSIX  ADVISORY  WRITE 4242 fe:00:1234 0 EOF`.

@@ -57,7 +57,7 @@ impl Files {
             pids: processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid)).collect(),
         };
         let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
-        let mut context = RebuildContext { by_inode: HashMap::new(), files: HashMap::new(), fill: &mut fill };
+        let mut context = RebuildContext { by_inode: HashMap::new(), fill: &mut fill };
         let sockets = unix::Rebuilder::new(of_kind::<UnixSocket>(records)?)?;
         // Listening sockets before the connections that use their ports.
         let (listening, others): (Vec<_>, Vec<_>) = records.iter().partition(|r| is_listening(r));
