@@ -298,6 +298,7 @@ pub(super) mod tests {
                 records: 40,
                 data_pages: 10_000,
                 zero_pages: 500,
+                ..Default::default()
             },
             addresses: vec![NodeAddress { interface: "eth0".into(), address: address.parse().unwrap() }],
             processes: vec![ProcessSummary {
@@ -308,6 +309,7 @@ pub(super) mod tests {
                 threads: 5,
                 rss: 40 << 20,
             }],
+            ..Default::default()
         };
         let address = |text: &str| text.parse::<std::net::SocketAddr>().unwrap().into();
         let end = |node, local: &str, peer: &str, send_end, receive_next| ChannelEnd {
