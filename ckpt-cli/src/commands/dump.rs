@@ -263,6 +263,7 @@ mod tests {
             records: 9,
             data_pages: 50_000,
             zero_pages: 2_000,
+            ..Default::default()
         };
         let node = NodePart {
             name: "n1".into(),
@@ -270,6 +271,7 @@ mod tests {
             part,
             addresses: Vec::new(),
             processes: vec![ProcessSummary::default(); 3],
+            ..Default::default()
         };
         let manifest = Manifest {
             job: "nightly".into(),

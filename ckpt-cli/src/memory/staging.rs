@@ -232,7 +232,7 @@ impl Staging {
                 let arena = &mut self.arenas[run.arena].0;
                 for at in (0..run.len).step_by(SAVED) {
                     let (start, end) = (run.start + at, run.start + run.len.min(at + SAVED));
-                    part.pages(run.first_page + (at / PAGE_SIZE) as u64, &arena.bytes()[start..end])?;
+                    part.pages(id, run.first_page + (at / PAGE_SIZE) as u64, &arena.bytes()[start..end])?;
                     arena.discard(start, end);
                 }
             }

@@ -1,10 +1,10 @@
 //! From full chunks to durable packs: threads compress, one thread writes.
 //!
-//! Chunks are numbered when they are handed over and written in that order, so the caller knows at
-//! once where a chunk will be: pack `number / MAX_CHUNKS`, chunk `number % MAX_CHUNKS`. A fixed
-//! number of buffers goes round, which bounds the memory.
+//! Chunks are written in the order in which they are handed over. Each has a *ticket*; which chunk
+//! of which pack it has become is known at the end. A fixed number of buffers goes round, which
+//! bounds the memory.
 
-use super::{Compress, Result, StoreError, files};
+use super::{Compress, Result, StoreError, files, page_table::Stored};
 use ckpt_common::image::{
     Digest,
     pack::{self, CHUNK_SIZE, ChunkEntry, Encoding, Header, MAX_CHUNKS},
@@ -33,11 +33,13 @@ pub(super) struct FinishedPack {
 
 struct Full {
     number: u64,
+    ticket: u64,
     raw: Vec<u8>,
 }
 
 struct Packed {
     number: u64,
+    ticket: u64,
     raw: Vec<u8>,
     /// Compressed content, where that is worth it.
     zstd: Option<Vec<u8>>,
@@ -51,12 +53,17 @@ impl Packed {
     }
 }
 
+/// The finished packs, and for each ticket where its chunk is.
+type Written = (Vec<FinishedPack>, Vec<Stored>);
+
 /// The threads behind a part writer.
 pub(super) struct PackWriter {
     full: Option<Sender<Full>>,
     free: Receiver<Vec<u8>>,
+    freed: Sender<Vec<u8>>,
     next: u64,
-    writer: Option<JoinHandle<Result<Vec<FinishedPack>>>>,
+    tickets: u64,
+    writer: Option<JoinHandle<Result<Written>>>,
     compressors: Vec<JoinHandle<()>>,
 }
 
@@ -78,8 +85,9 @@ impl PackWriter {
                 thread::spawn(move || compress_chunks(&full, &packed, compress))
             })
             .collect();
+        let freed = free_in.clone();
         let writer = Some(thread::spawn(move || write_packs(&packed_out, &free_in, prefix)));
-        Self { full: Some(full_in), free: free_out, next: 0, writer, compressors }
+        Self { full: Some(full_in), free: free_out, freed, next: 0, tickets: 0, writer, compressors }
     }
 
     /// An empty buffer with room for a chunk; waits until the writer returns one.
@@ -94,15 +102,21 @@ impl PackWriter {
         }
     }
 
-    /// Pack and chunk numbers that the next chunk handed to [`Self::put`] will have.
-    pub(super) fn next_place(&self) -> (u32, u32) {
-        let per_pack = u64::from(MAX_CHUNKS);
-        ((self.next / per_pack) as u32, (self.next % per_pack) as u32)
+    /// Gives a buffer back that is not needed after all.
+    pub(super) fn give_back(&mut self, buffer: Vec<u8>) {
+        // There is room for all of them.
+        let _ = self.freed.try_send(buffer);
+    }
+
+    /// A ticket for a chunk that will be handed to [`Self::put`].
+    pub(super) fn ticket(&mut self) -> u64 {
+        self.tickets += 1;
+        self.tickets - 1
     }
 
     /// Hands over a chunk.
-    pub(super) fn put(&mut self, raw: Vec<u8>) -> Result<()> {
-        let full = Full { number: self.next, raw };
+    pub(super) fn put(&mut self, ticket: u64, raw: Vec<u8>) -> Result<()> {
+        let full = Full { number: self.next, ticket, raw };
         self.next += 1;
         match self.full.as_ref().map(|channel| channel.send(full)) {
             Some(Ok(())) => Ok(()),
@@ -111,11 +125,11 @@ impl PackWriter {
     }
 
     /// Waits until everything is on storage.
-    pub(super) fn finish(mut self) -> Result<Vec<FinishedPack>> {
+    pub(super) fn finish(mut self) -> Result<Written> {
         self.stop()
     }
 
-    fn stop(&mut self) -> Result<Vec<FinishedPack>> {
+    fn stop(&mut self) -> Result<Written> {
         drop(self.full.take());
         for thread in self.compressors.drain(..) {
             // A compressor that panicked has left a gap, which the writer reports.
@@ -149,12 +163,12 @@ fn compress_chunks(full: &Receiver<Full>, packed: &Sender<Packed>, compress: Com
         // Only an impossible level fails; then chunks are stored as they are.
         Compress::Zstd(level) => zstd::bulk::Compressor::new(level).ok(),
     };
-    for Full { number, raw } in full {
+    for Full { number, ticket, raw } in full {
         let zstd = compressor.as_mut().and_then(|compressor| compressor.compress(&raw).ok());
         let zstd = zstd.filter(|zstd| zstd.len() < raw.len() - raw.len() / WORTH);
         let stored = zstd.as_ref().unwrap_or(&raw);
         let (crc, hash) = (crc32c::crc32c(stored), Digest::of(&[stored]));
-        if packed.send(Packed { number, raw, zstd, crc, hash }).is_err() {
+        if packed.send(Packed { number, ticket, raw, zstd, crc, hash }).is_err() {
             return;
         }
     }
@@ -195,11 +209,8 @@ impl OpenPack {
     }
 }
 
-fn write_packs(
-    packed: &Receiver<Packed>,
-    free: &Sender<Vec<u8>>,
-    prefix: PathBuf,
-) -> Result<Vec<FinishedPack>> {
+fn write_packs(packed: &Receiver<Packed>, free: &Sender<Vec<u8>>, prefix: PathBuf) -> Result<Written> {
+    let mut places = Vec::new();
     let (mut done, mut open, mut early, mut next) = (Vec::new(), None::<OpenPack>, BTreeMap::new(), 0);
     for chunk in packed {
         early.insert(chunk.number, chunk);
@@ -212,6 +223,11 @@ fn write_packs(
                     open.insert(OpenPack::create(path.into())?)
                 }
             };
+            if places.len() <= chunk.ticket as usize {
+                places.resize(chunk.ticket as usize + 1, Stored { pack: u32::MAX, chunk: 0 });
+            }
+            places[chunk.ticket as usize] =
+                Stored { pack: done.len() as u32, chunk: pack.chunks.len() as u32 };
             pack.append(&chunk)?;
             if pack.chunks.len() as u32 == MAX_CHUNKS {
                 done.extend(open.take().map(OpenPack::finish).transpose()?);
@@ -226,5 +242,5 @@ fn write_packs(
         return Err(StoreError::io("write", prefix)(lost));
     }
     done.extend(open.map(OpenPack::finish).transpose()?);
-    Ok(done)
+    Ok((done, places))
 }

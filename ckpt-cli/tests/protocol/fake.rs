@@ -131,7 +131,7 @@ impl DumpSession for FakeDump {
         let (owner, payload) = ((0, 0, 0), Vec::new());
         part.record(&OpenFile { id: FileId(1), flags: 0, owner, label, kind, version: 1, payload })?;
         part.memory(MemoryId(0))?;
-        part.pages(7, &[1; PAGE_SIZE])?;
+        part.pages(MemoryId(0), 7, &[1; PAGE_SIZE])?;
         Ok(())
     }
 

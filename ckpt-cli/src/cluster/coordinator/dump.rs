@@ -153,6 +153,7 @@ impl Run<'_> {
             part,
             addresses: plan.addresses,
             processes: cut.processes,
+            ..Default::default()
         });
         Ok(Manifest {
             created: created.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
