@@ -46,6 +46,12 @@ struct Inner {
     packs: Mutex<BTreeMap<u32, Arc<PackReader>>>,
 }
 
+impl std::fmt::Debug for PartReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("PartReader").field(&self.0.path).finish()
+    }
+}
+
 impl Store {
     /// Opens a part and checks it, all but the content of its packs.
     pub fn open_part(&self, part: &PartRef) -> Result<PartReader> {

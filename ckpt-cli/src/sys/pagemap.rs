@@ -46,6 +46,18 @@ pub struct Query {
     pub report: u64,
 }
 
+impl Query {
+    /// Only pages that are in these categories, too.
+    pub const fn and(self, categories: u64) -> Self {
+        Self { all: self.all | categories, ..self }
+    }
+
+    /// Only pages that are in none of these categories.
+    pub const fn but_not(self, categories: u64) -> Self {
+        Self { all: self.all | categories, inverted: self.inverted | categories, ..self }
+    }
+}
+
 #[repr(C)]
 struct ScanArg {
     size: u64,

@@ -77,6 +77,12 @@ impl From<OwnedFd> for Userfaultfd {
     }
 }
 
+impl From<Userfaultfd> for OwnedFd {
+    fn from(uffd: Userfaultfd) -> Self {
+        uffd.0
+    }
+}
+
 impl AsFd for Userfaultfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
