@@ -282,6 +282,7 @@ impl Agent<'_> {
             compress: task.options.compress.map_or(Compress::None, Compress::Zstd),
             dump: Some(task.dump.clone().into()),
             watch: lock(&self.shared.watch).clone(),
+            base: None,
         })?;
         session.save(&mut part)?;
         Ok(Response::Saved(part.finish().context("writing the part")?))
