@@ -18,6 +18,7 @@ use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
 use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
+use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -53,6 +54,17 @@ pub struct CutReport {
     pub bytes: u64,
 }
 
+/// How the memory was saved.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryReport {
+    /// Only what was modified since an older checkpoint.
+    pub incremental: bool,
+    /// What took how long.
+    pub times: Vec<PhaseTime>,
+    /// By process.
+    pub processes: Vec<ProcessMemory>,
+}
+
 /// What becomes of the job at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -76,6 +88,8 @@ pub struct Session {
     processes: Vec<Process>,
     files: Vec<OpenFile>,
     memory: MemoryDump,
+    /// PIDs as we see them, and as the processes do.
+    numbers: Vec<(i32, i32)>,
 }
 
 impl Session {
@@ -96,6 +110,7 @@ impl Session {
             processes: Vec::new(),
             files: Vec::new(),
             memory,
+            numbers: Vec::new(),
         })
     }
 
@@ -168,6 +183,7 @@ impl Session {
         let pids: Vec<(i32, i32)> =
             frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);
+        self.numbers = pids;
         let report = CutReport {
             took: start.elapsed(),
             processes: frozen.processes.len(),
@@ -206,6 +222,24 @@ impl Session {
             part.record(&file?)?;
         }
         self.memory.save(part)
+    }
+
+    /// How the memory was saved.
+    pub fn memory(&self) -> MemoryReport {
+        let inner = |pid| self.numbers.iter().find(|(outer, _)| *outer == pid).map_or(pid, |(_, inner)| *inner);
+        let processes = self.memory.statistics().map(|(pid, statistics)| ProcessMemory {
+            pid: inner(pid),
+            resident_bytes: statistics.own,
+            modified_bytes: statistics.modified,
+            presaved_bytes: statistics.presaved,
+            cut_bytes: statistics.cut,
+            copied_before_write_bytes: statistics.before_write,
+        });
+        MemoryReport {
+            incremental: self.memory.is_incremental(),
+            times: self.memory.times().to_vec(),
+            processes: processes.collect(),
+        }
     }
 
     /// Ends the session after the commit. Gives what is to be kept for the next dump.

@@ -7,7 +7,7 @@ use crate::store::{PartReader, PartWriter, Store};
 use anyhow::Result;
 use ckpt_common::image::manifest::PartRef;
 use ckpt_common::wire::{
-    Connection, CutReport, DumpTask, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
+    Connection, CutReport, DumpTask, MemoryReport, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
 };
 
 /// Makes sessions.
@@ -41,6 +41,9 @@ pub enum Outcome {
 
 /// One dump on one node. Dropped at any time, it lets the job run on unharmed.
 pub trait DumpSession {
+    /// This node's part of the checkpoint that this one builds on, if there is one. Asked once, before
+    /// [`Self::arm`].
+    fn base(&mut self) -> Result<Option<PartReader>>;
     /// Makes ready what the freeze must not wait for; memory that is saved ahead goes to the part.
     fn arm(&mut self, part: &mut PartWriter) -> Result<()>;
     /// Freezes the job and takes its state.
@@ -52,6 +55,8 @@ pub trait DumpSession {
     fn thaw(&mut self) -> Result<()>;
     /// Writes everything to the part.
     fn save(&mut self, part: &mut PartWriter) -> Result<()>;
+    /// How the memory was saved.
+    fn memory(&self) -> MemoryReport;
     /// The checkpoint is committed, with this part.
     fn finish(self: Box<Self>, outcome: Outcome, part: &PartRef) -> Result<()>;
 }

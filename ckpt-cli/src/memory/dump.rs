@@ -17,6 +17,7 @@ use crate::tracee::freeze::{Frozen, FrozenProcess};
 use crate::tracee::healing::Finder;
 use crate::tracee::proc::{self, Maps};
 use anyhow::{Context as _, Result, ensure};
+use ckpt_common::image::manifest::PhaseTime;
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -73,6 +74,7 @@ pub struct MemoryDump {
     finder: Finder,
     /// Bytes per second.
     rate: f64,
+    times: Vec<PhaseTime>,
 }
 
 impl MemoryDump {
@@ -89,6 +91,21 @@ impl MemoryDump {
             cow: None,
             finder: Finder::default(),
             rate: RATE,
+            times: Vec::new(),
+        }
+    }
+
+    /// What took how long.
+    pub fn times(&self) -> &[PhaseTime] {
+        &self.times
+    }
+
+    fn took(&mut self, name: &str, start: Instant) {
+        let us = start.elapsed().as_micros() as u64;
+        match self.times.last_mut().filter(|last| last.phase == name && name == "list") {
+            // Of all processes together.
+            Some(last) => last.us += us,
+            None => self.times.push(PhaseTime { phase: name.to_owned(), us }),
         }
     }
 
@@ -166,9 +183,11 @@ impl MemoryDump {
                     tracing::debug!(pid = space.pid, "it has ended: {error:#}");
                 }
             }
+            let start = Instant::now();
             let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
             let looked = self.look_at(&mut frozen, Instant::now() + LOOK);
             frozen.thaw().context("letting the job run on")?;
+            self.took("look", start);
             if looked? {
                 return Ok(());
             }
@@ -210,6 +229,7 @@ impl MemoryDump {
                 space.lists.save_early(&copied);
             }
         }
+        self.took("copy ahead", start);
         if bytes > SPARE {
             self.rate = bytes as f64 / start.elapsed().as_secs_f64();
         }
@@ -232,11 +252,13 @@ impl MemoryDump {
 
     /// The cut of one process.
     pub fn cut(&mut self, process: &mut FrozenProcess, maps: &Maps) -> Result<MemoryId> {
+        let start = Instant::now();
         let mut finder = std::mem::take(&mut self.finder);
         let space = self.space(process.pid)?;
         space.cut(process, &mut finder, maps)?;
         let id = space.id;
         self.finder = finder;
+        self.took("list", start);
         Ok(id)
     }
 
@@ -259,6 +281,7 @@ impl MemoryDump {
         if self.options.stop {
             return Ok(());
         }
+        let start = Instant::now();
         let listed = |space: &Space| space.lists.previous().bytes();
         let tracked: u64 = self.spaces.values().filter(|space| space.is_tracked()).map(listed).sum();
         let guarded = tracked > self.budget() && self.can_copy_before_write();
@@ -279,6 +302,7 @@ impl MemoryDump {
                 space.lists.save(pages);
             }
         }
+        self.took("copy", start);
         Ok(())
     }
 

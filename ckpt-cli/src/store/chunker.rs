@@ -5,7 +5,11 @@
 //! chunk in every checkpoint, whatever came before it. Where only a few pages of a window come,
 //! they are gathered with others, since chunks of a page or two compress badly.
 
-use super::{Compress, Result, pack_writer::*, page_table::*};
+use super::{
+    Compress, PartReader, Result,
+    pack_writer::{PackWriter, Written},
+    page_table::{PageTable, Place},
+};
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pack::CHUNK_SIZE};
 use std::path::PathBuf;
 
@@ -42,19 +46,22 @@ struct Gathered {
 pub(super) struct Chunker {
     prefix: PathBuf,
     compress: Compress,
+    base: Option<PartReader>,
     packs: Option<PackWriter>,
     window: Option<Window>,
     gathered: Option<Gathered>,
 }
 
 impl Chunker {
-    /// Files are made at `prefix` with a running number and `.pack`.
-    pub(super) fn new(prefix: PathBuf, compress: Compress) -> Self {
-        Self { prefix, compress, packs: None, window: None, gathered: None }
+    /// Files are made at `prefix` with a running number and `.pack`. Chunks that are in `base` already are not
+    /// written again.
+    pub(super) fn new(prefix: PathBuf, compress: Compress, base: Option<PartReader>) -> Self {
+        Self { prefix, compress, base, packs: None, window: None, gathered: None }
     }
 
     fn packs(&mut self) -> &mut PackWriter {
-        self.packs.get_or_insert_with(|| PackWriter::start(self.prefix.clone(), self.compress))
+        self.packs
+            .get_or_insert_with(|| PackWriter::start(self.prefix.clone(), self.compress, self.base.clone()))
     }
 
     /// Takes whole pages of an object from page number `first` on.
@@ -174,7 +181,7 @@ impl Chunker {
     }
 
     /// Waits until everything is on storage. Gives the packs, and for each ticket where it is.
-    pub(super) fn finish(&mut self, table: &mut PageTable) -> Result<(Vec<FinishedPack>, Vec<Stored>)> {
+    pub(super) fn finish(&mut self, table: &mut PageTable) -> Result<Written> {
         self.end_window(table)?;
         self.end_gathered()?;
         self.packs.take().map_or_else(|| Ok(Default::default()), PackWriter::finish)

@@ -18,9 +18,13 @@
 //! removed by the next dump (of any job) that finds the lock of the dead one free.
 
 mod chunker;
+mod compressor;
 mod dump;
 mod error;
 mod files;
+mod known;
+mod live;
+mod pack_file;
 mod pack_reader;
 mod pack_writer;
 mod page_table;

@@ -90,9 +90,19 @@ impl Object {
 /// Where a chunk has ended up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
-    /// Index into the packs of this writer.
-    pub(super) pack: u32,
+    pub(super) pack: Pack,
     pub(super) chunk: u32,
+    /// Had another chunk of this writer the same content before?
+    pub(super) again: bool,
+}
+
+/// A pack, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pack {
+    /// Of this writer.
+    Own(u32),
+    /// Of the base whose chunks need not be written again.
+    OfBase(u32),
 }
 
 /// All objects of a part.
@@ -210,52 +220,67 @@ impl PageTable {
         number
     }
 
-    /// Complete page maps. `stored` says for each ticket where its chunk is, `packs` are the packs
-    /// of this writer.
+    /// Complete page maps. `stored` says for each ticket where its chunk is, `own` are the packs of
+    /// this writer, and come first; `base` those of its base.
     ///
     /// # Errors
     /// [`FormatError::TooLarge`] if a page is shared that its source has not: an error of the caller.
-    pub(super) fn finish(self, packs: Vec<Digest>, stored: &[Stored]) -> Result<PageMaps, FormatError> {
-        let mut objects: BTreeMap<_, _> =
-            self.objects.into_iter().map(|(id, object)| (id, object.flatten())).collect();
+    pub(super) fn finish(
+        mut self,
+        own: Vec<Digest>,
+        base: &[Digest],
+        stored: &[Option<Stored>],
+    ) -> Result<PageMaps, FormatError> {
+        let objects = std::mem::take(&mut self.objects).into_iter();
+        let mut objects: BTreeMap<_, _> = objects.map(|(id, object)| (id, object.flatten())).collect();
         for spans in objects.values_mut() {
             spans.retain(|span| span.place != Place::Absent);
         }
         resolve(&mut objects)?;
-        let mut done = PageMaps { packs, ..Default::default() };
+        let base: Vec<_> = base.iter().map(|&pack| self.number(pack)).collect();
+        let mut done = PageMaps { packs: own, ..Default::default() };
         let mut used = vec![None; self.older.len()];
         for (id, spans) in objects {
-            let map = done.maps.entry(id).or_default();
+            let mut map = PageMapBuilder::default();
             for span in spans {
+                let count = u64::from(span.count);
+                let mut shared = span.shared;
+                let mut older = |pack: u32, done: &mut PageMaps| {
+                    done.inherited += count;
+                    *used[pack as usize].get_or_insert_with(|| {
+                        done.packs.push(self.older[pack as usize]);
+                        done.packs.len() as u32 - 1
+                    })
+                };
                 let source = match span.place {
                     Place::Zero => Source::Zero,
                     Place::Ticket { ticket, page } => {
                         let lost = || refuse(format!("chunk {ticket} was never stored"));
-                        let Stored { pack, chunk } = *stored.get(ticket as usize).ok_or_else(lost)?;
-                        Source::Chunk { pack, chunk, page }
+                        let place = stored.get(ticket as usize).copied().flatten().ok_or_else(lost)?;
+                        shared |= place.again;
+                        let pack = match place.pack {
+                            Pack::Own(pack) => pack,
+                            Pack::OfBase(pack) => older(base[pack as usize], &mut done),
+                        };
+                        Source::Chunk { pack, chunk: place.chunk, page }
                     }
                     Place::Older { pack, chunk, page } => {
-                        done.inherited += u64::from(span.count);
-                        let name = self.older[pack as usize];
-                        let pack = *used[pack as usize].get_or_insert_with(|| {
-                            done.packs.push(name);
-                            done.packs.len() as u32 - 1
-                        });
-                        Source::Chunk { pack, chunk, page }
+                        Source::Chunk { pack: older(pack, &mut done), chunk, page }
                     }
                     Place::Same { .. } | Place::Absent => {
                         return Err(refuse(format!("pages of memory object {} are not resolved", id.0)));
                     }
                 };
                 match source {
-                    Source::Zero => done.zero += u64::from(span.count),
+                    Source::Zero => done.zero += count,
                     Source::Chunk { .. } => {
-                        done.data += u64::from(span.count);
-                        done.shared += if span.shared { span.count.into() } else { 0 };
+                        done.data += count;
+                        done.shared += if shared { count } else { 0 };
                     }
                 }
                 map.push(span.page, span.count, source)?;
             }
+            done.maps.insert(id, map);
         }
         Ok(done)
     }
@@ -362,13 +387,17 @@ mod tests {
         model
     }
 
+    fn own_chunk(chunk: u32) -> Stored {
+        Stored { pack: Pack::Own(0), chunk, again: false }
+    }
+
     fn ticket(ticket: u64, page: u16) -> Place {
         Place::Ticket { ticket, page }
     }
 
     #[test]
     fn a_chain_of_shared_pages_of_any_length_resolves_and_a_circle_does_not() {
-        let stored = [Stored { pack: 0, chunk: 0 }];
+        let stored = [Some(own_chunk(0))];
         let chain = |last: Place| {
             let mut table = PageTable::default();
             for id in 0..1000 {
@@ -380,7 +409,7 @@ mod tests {
                 };
                 table.note(MemoryId(id), id.into(), 3, place).unwrap();
             }
-            table.finish(vec![PACKS[0]], &stored)
+            table.finish(vec![PACKS[0]], &[], &stored)
         };
         let maps = chain(ticket(0, 4)).unwrap();
         assert_eq!((maps.data, maps.shared), (3000, 2997));
@@ -402,7 +431,7 @@ mod tests {
         table.note(MemoryId(0), 9, 4, Place::Zero).unwrap();
         assert!(table.inherit(MemoryId(0), &PACKS, &[run(10, 2)]).is_err());
         assert!(table.inherit(MemoryId(1), &PACKS, &[]).is_err());
-        let maps = table.finish(Vec::new(), &[]).unwrap();
+        let maps = table.finish(Vec::new(), &[], &[]).unwrap();
         assert_eq!(maps.packs, [PACKS[1]]);
         assert_eq!((maps.data, maps.zero, maps.inherited, maps.shared), (2, 4, 2, 0));
         assert_eq!(model_of(&maps)[&(0, 21)], Some((PACKS[1], 7, 4)));
@@ -444,7 +473,7 @@ mod tests {
         #[test]
         fn any_order_gives_what_was_noted_last(steps in proptest::collection::vec(step(), 0..40)) {
             let own = Digest([9; 32]);
-            let stored: Vec<_> = (0..4).map(|chunk| Stored { pack: 0, chunk }).collect();
+            let stored: Vec<_> = (0..4).map(|chunk| Some(own_chunk(chunk))).collect();
             let (mut table, mut inherited, mut noted) = (PageTable::default(), Model::new(), Model::new());
             for id in 0..4 {
                 table.declare(MemoryId(id)).unwrap();
@@ -481,7 +510,7 @@ mod tests {
                     }
                 }
             }
-            let maps = table.finish(vec![own], &stored).unwrap();
+            let maps = table.finish(vec![own], &[], &stored).unwrap();
             inherited.extend(noted);
             prop_assert_eq!(maps.zero, inherited.values().filter(|content| content.is_none()).count() as u64);
             prop_assert_eq!(maps.data + maps.zero, inherited.len() as u64);

@@ -69,6 +69,11 @@ impl Store {
 }
 
 impl PartReader {
+    /// The store it is in.
+    pub(super) fn store(&self) -> &Store {
+        &self.0.store
+    }
+
     /// All records in order.
     pub fn records(&self) -> Result<Vec<RawRecord<'_>>> {
         self.0.layout.records(&self.0.bytes).map_err(StoreError::damaged(&self.0.path))

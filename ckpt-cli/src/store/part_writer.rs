@@ -5,7 +5,7 @@ use super::{
     chunker::Chunker,
     dump::Workspace,
     files,
-    pack_writer::FinishedPack,
+    pack_file::FinishedPack,
     page_table::{PageTable, Place},
 };
 use ckpt_common::image::{
@@ -47,6 +47,8 @@ pub struct PartOptions {
     /// The dump that the part belongs to. Without one the caller alone answers for the finished
     /// part: nothing will ever sweep it.
     pub dump: Option<DumpId>,
+    /// An older part of the same processes: chunks that it has are not written again.
+    pub base: Option<PartReader>,
     /// Lets another thread follow the writer, and stop it.
     pub watch: Arc<Watch>,
 }
@@ -92,6 +94,7 @@ pub struct PartWriter {
     part: PartBuilder,
     pages: PageTable,
     chunks: Option<Chunker>,
+    base: Option<PartReader>,
     watch: Arc<Watch>,
     records: u64,
     finished: bool,
@@ -115,11 +118,12 @@ impl Store {
         Ok(PartWriter {
             store: self.clone(),
             own,
-            chunks: Some(Chunker::new(directory.join(&token), options.compress)),
+            chunks: Some(Chunker::new(directory.join(&token), options.compress, options.base.clone())),
             directory,
             token,
             part: PartBuilder::default(),
             pages: PageTable::default(),
+            base: options.base,
             watch: options.watch,
             records: 0,
             finished: false,
@@ -200,7 +204,11 @@ impl PartWriter {
         let finished = chunks.map(|mut chunks| chunks.finish(&mut self.pages)).transpose()?;
         let (packs, stored) = finished.unwrap_or_default();
         let own = packs.iter().map(|pack| pack.id).collect();
-        let maps = std::mem::take(&mut self.pages).finish(own, &stored)?;
+        let maps = std::mem::take(&mut self.pages).finish(
+            own,
+            self.base.as_ref().map_or(&[], PartReader::packs),
+            &stored,
+        )?;
         for pack in &maps.packs[packs.len()..] {
             files::open(&self.store.pack_path(*pack))?;
         }

@@ -374,6 +374,54 @@ fn verify_reads_as_much_as_it_was_asked_to() {
     assert_eq!(store.verify(&checkpoint, 10).chunks, all.chunks.div_ceil(10));
 }
 
+#[test]
+fn equal_content_is_stored_once() {
+    let (_directory, store) = new_store();
+    let object: BTreeMap<_, _> = (0..64).map(|n| (n, page(2, n))).collect();
+    let moved = object.iter().map(|(n, content)| (n + 160, content.clone())).collect();
+    let memory = Memory::from([(0, object), (1, moved)]);
+    let part = write(&store, PartOptions::default(), &memory);
+    assert_eq!((part.data_pages, part.shared_pages), (128, 64));
+    let bytes = part.packs[0].bytes;
+    assert!((64 * 4096..65 * 4096).contains(&bytes), "{bytes}");
+    assert!(read(&store, &part).unwrap() == memory);
+}
+
+#[test]
+fn a_base_that_is_damaged_is_not_pointed_into() {
+    let (_directory, store) = new_store();
+    let memory = memory(1, 100);
+    let first = write(&store, PartOptions::default(), &memory);
+    let base = store.open_part(&first).unwrap();
+    let runs = base.page_map(MemoryId(0)).unwrap();
+    fs::remove_file(store.pack_path(first.packs[0].id)).unwrap();
+    let second = write(&store, PartOptions { base: Some(base.clone()), ..Default::default() }, &memory);
+    assert_eq!(second.inherited_pages, 0);
+    assert!(read(&store, &second).unwrap() == memory);
+    let mut part = store.part_writer(PartOptions::default()).unwrap();
+    part.memory(MemoryId(0)).unwrap();
+    part.inherit(MemoryId(0), &base, runs).unwrap();
+    assert!(matches!(part.finish(), Err(StoreError::Missing { .. })));
+}
+
+/// One changed page costs the chunk it is in, not those behind it.
+#[test]
+fn a_change_is_not_carried_on() {
+    let (_directory, store) = new_store();
+    // Dense, with holes, and sparse.
+    for step in [1, 2, 5, 40] {
+        let mut memory = Memory::from([(0, (0..4000).map(|n| (n * step, page(2, n))).collect())]);
+        let base = write(&store, PartOptions::default(), &memory);
+        let base = Some(store.open_part(&base).unwrap());
+        memory.get_mut(&0).unwrap().remove(&(step * 1001));
+        memory.get_mut(&0).unwrap().insert(step * 2001, page(2, 1 << 40));
+        let second = write(&store, PartOptions { base, ..Default::default() }, &memory);
+        let written = second.data_pages - second.inherited_pages;
+        assert!(written <= 150, "every {step}. page: {written} pages written");
+        assert!(read(&store, &second).unwrap() == memory);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -438,6 +486,31 @@ proptest! {
             prop_assert_eq!((part.data_pages + part.zero_pages, part.zero_pages), (all as u64, zero as u64));
             base = Some((store.open_part(&part).unwrap(), said));
         }
+    }
+
+    /// What has not changed is not written again, however the calls are cut.
+    #[test]
+    fn the_same_content_costs_nothing_the_second_time(
+        objects in proptest::collection::btree_map(0u32..9, proptest::collection::btree_map(
+            0u64..300, (any::<u8>(), 0u64..5).prop_map(|(kind, seed)| page(kind, seed)), 0..200), 1..4),
+        most in 1usize..50,
+    ) {
+        let (_directory, store) = new_store();
+        let first = write(&store, PartOptions::default(), &objects);
+        let base = Some(store.open_part(&first).unwrap());
+        let mut part = store.part_writer(PartOptions { base, ..Default::default() }).unwrap();
+        for (&id, pages) in &objects {
+            part.memory(MemoryId(id)).unwrap();
+            let pages: Vec<_> = pages.iter().collect();
+            for run in pages.chunk_by(|a, b| a.0 + 1 == *b.0).flat_map(|run| run.chunks(most)) {
+                let content: Vec<_> = run.iter().flat_map(|(_, content)| content.iter().copied()).collect();
+                part.pages(MemoryId(id), *run[0].0, &content).unwrap();
+            }
+        }
+        let second = part.finish().unwrap();
+        prop_assert_eq!(second.packs.len(), 0);
+        prop_assert_eq!((second.data_pages, second.inherited_pages), (first.data_pages, first.data_pages));
+        prop_assert!(read(&store, &second).unwrap() == objects);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Messages of a dump.
 
 use crate::image::{
-    manifest::{NodeAddress, ProcessSummary},
+    manifest::{BaseRef, NodeAddress, PartRef, PhaseTime, ProcessMemory, ProcessSummary},
     tcp::Position,
 };
 use serde::{Deserialize, Serialize};
@@ -135,4 +135,24 @@ pub struct CutReport {
     pub processes: Vec<ProcessSummary>,
     /// Bytes of memory taken.
     pub bytes: u64,
+}
+
+/// What a node has saved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SaveReport {
+    /// Its part, durable.
+    pub part: PartRef,
+    /// How the memory was saved.
+    pub memory: MemoryReport,
+}
+
+/// How the memory of a node's processes was saved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// The checkpoint since which only what was modified is saved; none if all is.
+    pub base: Option<BaseRef>,
+    /// What took how long on the node.
+    pub times: Vec<PhaseTime>,
+    /// By process.
+    pub processes: Vec<ProcessMemory>,
 }
