@@ -5,6 +5,7 @@ mod doctor;
 mod dump;
 mod interrupt;
 mod ls;
+mod prune;
 mod restore;
 mod serve;
 mod show;
@@ -72,6 +73,7 @@ enum Command {
     Ls(ls::Arguments),
     Show(show::Arguments),
     Verify(verify::Arguments),
+    Prune(prune::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     Serve(serve::Arguments),
@@ -108,6 +110,7 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Ls(arguments) => ls::run(arguments, global, ui),
         Command::Show(arguments) => show::run(arguments, global, ui),
         Command::Verify(arguments) => verify::run(arguments, global, ui),
+        Command::Prune(arguments) => prune::run(arguments, global, ui),
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),
         Command::Completions(arguments) => completions::run(arguments, ui),
         Command::Serve(arguments) => serve::run(arguments),
@@ -196,6 +199,7 @@ mod tests {
             "ckpt restore",
             "ckpt restore x --place y",
             "ckpt verify x --sample 0",
+            "ckpt prune --keep 0",
         ] {
             assert!(parse(words).is_err(), "{words}");
         }

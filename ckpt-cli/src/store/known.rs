@@ -24,6 +24,7 @@ fn content(chunk: &ChunkEntry) -> Content {
 impl Known {
     /// Chunks of a base part. Those it does not use may be gone.
     pub(super) fn of(base: &PartReader) -> Result<Self> {
+        base.check_present()?;
         let mut known = HashMap::new();
         let live = base.live_chunks()?;
         for (number, pack) in (0..).zip(base.packs()) {

@@ -12,6 +12,8 @@ use proptest::prelude::*;
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 use tempfile::TempDir;
 
+mod prune;
+
 type Memory = BTreeMap<u32, BTreeMap<u64, Vec<u8>>>;
 
 fn new_store() -> (TempDir, Store) {
