@@ -12,6 +12,8 @@ const PASSES: usize = 64;
 /// Where the content of pages is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
+    /// There is no such page: what was said of it before does not count.
+    Absent,
     /// Nowhere: zeros.
     Zero,
     /// In a chunk that this writer has handed over; where that is, is known at the end.
@@ -26,6 +28,7 @@ impl Place {
     /// The place `pages` pages further on.
     fn skip(self, pages: u64) -> Self {
         match self {
+            Self::Absent => Self::Absent,
             Self::Zero => Self::Zero,
             Self::Ticket { ticket, page } => Self::Ticket { ticket, page: page + pages as u16 },
             Self::Older { pack, chunk, page } => Self::Older { pack, chunk, page: page + pages as u16 },
@@ -230,6 +233,9 @@ impl PageTable {
     ) -> Result<PageMaps, FormatError> {
         let objects = std::mem::take(&mut self.objects).into_iter();
         let mut objects: BTreeMap<_, _> = objects.map(|(id, object)| (id, object.flatten())).collect();
+        for spans in objects.values_mut() {
+            spans.retain(|span| span.place != Place::Absent);
+        }
         resolve(&mut objects)?;
         let base: Vec<_> = base.iter().map(|&pack| self.number(pack)).collect();
         let mut done = PageMaps { packs: own, ..Default::default() };
@@ -261,8 +267,8 @@ impl PageTable {
                     Place::Older { pack, chunk, page } => {
                         Source::Chunk { pack: older(pack, &mut done), chunk, page }
                     }
-                    Place::Same { of, .. } => {
-                        return Err(refuse(format!("pages of memory object {} are not resolved", of.0)));
+                    Place::Same { .. } | Place::Absent => {
+                        return Err(refuse(format!("pages of memory object {} are not resolved", id.0)));
                     }
                 };
                 match source {

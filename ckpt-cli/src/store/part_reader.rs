@@ -47,6 +47,12 @@ struct Inner {
     packs: Mutex<BTreeMap<u32, Arc<PackReader>>>,
 }
 
+impl std::fmt::Debug for PartReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("PartReader").field(&self.0.path).finish()
+    }
+}
+
 impl Store {
     /// Opens a part and checks it, all but the content of its packs.
     pub fn open_part(&self, part: &PartRef) -> Result<PartReader> {
@@ -60,12 +66,6 @@ impl Store {
         }
         let packs = Mutex::default();
         Ok(PartReader(Arc::new(Inner { store: self.clone(), id: name, path, bytes, layout, packs })))
-    }
-}
-
-impl std::fmt::Debug for PartReader {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("PartReader").field(&self.0.path).finish()
     }
 }
 

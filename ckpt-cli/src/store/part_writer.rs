@@ -179,6 +179,11 @@ impl PartWriter {
         self.note(id, first, count, Place::Zero)
     }
 
+    /// Takes back whatever was said of `count` pages from `first` on: they do not exist any more.
+    pub fn absent(&mut self, id: MemoryId, first: u64, count: u32) -> Result<()> {
+        self.note(id, first, count, Place::Absent)
+    }
+
     /// Notes that `count` pages from `first` on have the content of those pages of object `of`
     /// from `of_first` on, whatever that is when the part is finished.
     /// [`PartWriter::finish`] fails if the source has no such page.

@@ -16,6 +16,7 @@ pub mod ptrace;
 pub mod socket;
 pub mod task;
 pub mod unix_socket;
+pub mod userfaultfd;
 pub mod write_behind;
 
 use std::io;
