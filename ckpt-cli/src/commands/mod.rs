@@ -1,6 +1,7 @@
 //! The command line: one file per command, its arguments and what it prints.
 
 mod completions;
+mod diff;
 mod doctor;
 mod dump;
 mod interrupt;
@@ -73,6 +74,7 @@ enum Command {
     Restore(restore::Arguments),
     Ls(ls::Arguments),
     Show(show::Arguments),
+    Diff(diff::Arguments),
     Verify(verify::Arguments),
     Prune(prune::Arguments),
     Doctor(doctor::Arguments),
@@ -111,6 +113,7 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Restore(arguments) => restore::run(arguments, global, ui),
         Command::Ls(arguments) => ls::run(arguments, global, ui),
         Command::Show(arguments) => show::run(arguments, global, ui),
+        Command::Diff(arguments) => diff::run(arguments, global, ui),
         Command::Verify(arguments) => verify::run(arguments, global, ui),
         Command::Prune(arguments) => prune::run(arguments, global, ui),
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),

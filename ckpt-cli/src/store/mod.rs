@@ -19,6 +19,7 @@
 //! removed by the next dump (of any job) that finds the lock of the dead one free.
 
 mod chunker;
+mod compare;
 mod compressor;
 mod dump;
 mod error;
@@ -37,6 +38,7 @@ mod prune;
 mod refs;
 mod verify;
 
+pub use compare::{Object, PageDiff, compare_pages, stored_anew};
 pub use dump::{Dump, DumpId};
 pub use error::{Result, StoreError};
 pub use locks::Hold;
