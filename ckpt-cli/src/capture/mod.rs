@@ -237,7 +237,8 @@ impl Session {
 
     /// How the memory was saved.
     pub fn memory(&self) -> MemoryReport {
-        let inner = |pid| self.numbers.iter().find(|(outer, _)| *outer == pid).map_or(pid, |(_, inner)| *inner);
+        let inner =
+            |pid| self.numbers.iter().find(|(outer, _)| *outer == pid).map_or(pid, |(_, inner)| *inner);
         let processes = self.memory.statistics().map(|(pid, statistics)| ProcessMemory {
             pid: inner(pid),
             resident_bytes: statistics.own,

@@ -43,11 +43,8 @@ impl Engine for LiveEngine {
             CopyBeforeWrite::Uffd => Way::Uffd,
             CopyBeforeWrite::Stop => Way::Stop,
         };
-        let memory = memory::Options {
-            max_pause: Duration::from_micros(options.max_pause),
-            way,
-            stop: options.stop,
-        };
+        let memory =
+            memory::Options { max_pause: Duration::from_micros(options.max_pause), way, stop: options.stop };
         let full = options.full;
         let options = capture::Options {
             allow: options.allow.iter().cloned().collect(),

@@ -5,8 +5,8 @@
 //! with it, and we take that out of its table before the thread closes everything again, all in one remote batch.
 //! Should we be killed in the middle, the thread goes on to the closing.
 
-use crate::sys::userfaultfd::{self, IOC_NEW, Userfaultfd, feature};
 use crate::sys::pidfd;
+use crate::sys::userfaultfd::{self, IOC_NEW, Userfaultfd, feature};
 use crate::tracee::{Arena, Batch, Stopped};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};

@@ -180,13 +180,8 @@ fn send(stream: &mut UnixStream, message: &Message, fds: &[OwnedFd]) -> Result<(
     for group in fds.chunks(GROUP) {
         let raw: Vec<RawFd> = group.iter().map(|fd| fd.as_raw_fd()).collect();
         let control = [ControlMessage::ScmRights(&raw)];
-        let sent = sendmsg::<()>(
-            stream.as_raw_fd(),
-            &[IoSlice::new(&[0])],
-            &control,
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
+        let sent =
+            sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&[0])], &control, MsgFlags::MSG_NOSIGNAL, None);
         sent.context("handing descriptors over")?;
     }
     Ok(())
@@ -274,7 +269,8 @@ fn converse(mut client: UnixStream, kept: &mut Option<Held>) -> Result<()> {
     while let Some((message, fds)) = receive(&mut client)? {
         match message {
             Message::Take => {
-                let (stored, fds) = kept.take().map_or((None, Vec::new()), |(stored, fds)| (Some(stored), fds));
+                let (stored, fds) =
+                    kept.take().map_or((None, Vec::new()), |(stored, fds)| (Some(stored), fds));
                 send(&mut client, &Message::State(stored), &fds)?;
             }
             Message::State(stored) => {
@@ -315,7 +311,11 @@ mod tests {
                 modified: [3..5, 9..10].into_iter().collect(),
                 tracker: Tracker::new(OwnedFd::from(tempfile::tempfile().unwrap()).into()),
             });
-            State { dump: "d".into(), part: PartRef { bytes: 5, ..PartRef::default() }, spaces: spaces.collect() }
+            State {
+                dump: "d".into(),
+                part: PartRef { bytes: 5, ..PartRef::default() },
+                spaces: spaces.collect(),
+            }
         };
         Keeper { path: path.clone(), stream: Some(ours) }.give(state(300)).unwrap();
         for count in [300, 1] {

@@ -123,7 +123,12 @@ impl Space {
     ///
     /// # Errors
     /// The process is gone.
-    pub fn look(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder, deadline: Instant) -> Result<bool> {
+    pub fn look(
+        &mut self,
+        frozen: &mut FrozenProcess,
+        finder: &mut Finder,
+        deadline: Instant,
+    ) -> Result<bool> {
         if self.attach(frozen, finder)? {
             // Everything is to be registered: while it runs.
             return Ok(false);

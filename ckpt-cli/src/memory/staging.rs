@@ -115,7 +115,13 @@ impl Staging {
         self.runs.truncate(mark.runs);
         self.bytes = mark.bytes;
         for (index, (_, used)) in self.arenas.iter_mut().enumerate() {
-            *used = self.runs.iter().filter(|run| run.arena == index).map(|run| run.start + run.len).max().unwrap_or(0);
+            *used = self
+                .runs
+                .iter()
+                .filter(|run| run.arena == index)
+                .map(|run| run.start + run.len)
+                .max()
+                .unwrap_or(0);
         }
     }
 
@@ -217,7 +223,8 @@ impl Staging {
                     Some(last)
                         if last.id == id
                             && last.origin.is(&origin)
-                            && (last.place.arena, last.place.start + last.len) == (place.arena, place.start)
+                            && (last.place.arena, last.place.start + last.len)
+                                == (place.arena, place.start)
                             && last.len + len <= PIECE =>
                     {
                         last.ranges.push((at, len));
@@ -421,9 +428,7 @@ mod tests {
             let mark = staging.mark();
             staging.copy(&[(id, origin(true), vec![(base + page, base + 9 * page)])]).unwrap();
             staging.back_to(mark);
-            staging
-                .copy(&[(id, origin(true), small.clone()), (id, origin(false), large.clone())])
-                .unwrap();
+            staging.copy(&[(id, origin(true), small.clone()), (id, origin(false), large.clone())]).unwrap();
             assert_eq!(staging.bytes(), (750 + 2 * 600) * page);
             let all = written(&mut staging, id);
             assert_eq!(all.len(), 750 + 600);

@@ -40,6 +40,7 @@ pub struct PartReader(Arc<Inner>);
 
 struct Inner {
     store: Store,
+    id: Digest,
     path: PathBuf,
     bytes: Vec<u8>,
     layout: PartLayout,
@@ -64,7 +65,7 @@ impl Store {
             return Err(StoreError::damaged(path)(FormatError::damaged("part", why)));
         }
         let packs = Mutex::default();
-        Ok(PartReader(Arc::new(Inner { store: self.clone(), path, bytes, layout, packs })))
+        Ok(PartReader(Arc::new(Inner { store: self.clone(), id: name, path, bytes, layout, packs })))
     }
 }
 
@@ -72,6 +73,20 @@ impl PartReader {
     /// The store it is in.
     pub(super) fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    /// Its name.
+    pub fn id(&self) -> Digest {
+        self.0.id
+    }
+
+    /// Is the part still in the store? What it points into is there just as long; only a dump or a
+    /// reader that holds the store ([`Store::hold`]) can rely on it.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if it was pruned.
+    pub fn check_present(&self) -> Result<()> {
+        files::open(&self.0.path).map(drop)
     }
 
     /// All records in order.

@@ -71,12 +71,7 @@ impl FakeEngine {
 }
 
 impl Engine for FakeEngine {
-    fn plan_dump(
-        &self,
-        _: &[i32],
-        _: &DumpTask,
-        _: &Store,
-    ) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+    fn plan_dump(&self, _: &[i32], _: &DumpTask, _: &Store) -> Result<(Box<dyn DumpSession>, PlanReport)> {
         let blocker = Blocker {
             pid: 1,
             process: "fake".into(),

@@ -13,8 +13,8 @@ use crate::{
 use ckpt_common::{
     image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PhaseTime},
     wire::{
-        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, SaveReport,
-        Selector,
+        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response,
+        SaveReport, Selector,
     },
 };
 use crossbeam_channel::RecvTimeoutError;
