@@ -35,8 +35,9 @@ pub enum Compress {
     Zstd(i32),
 }
 
-/// The zstd level that finds repetitions and codes no entropy: of what is half incompressible it makes as
-/// little as level 1, in less than half the time, so that two processors keep up with one fast disk.
+/// The zstd level that finds repetitions and codes no entropy. Of what is half incompressible it makes as
+/// little as level 1 in half the time (2.4 instead of 1.2 GB/s per processor); text gets 18% larger,
+/// numbers without repetitions are not compressed at all, where level 1 would save a fifth at 0.9 GB/s.
 pub const FAST: i32 = -1;
 
 impl Default for Compress {
