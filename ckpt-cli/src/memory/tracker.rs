@@ -293,8 +293,16 @@ mod tests {
     fn large_anonymous_mappings_are_walked_alone() {
         let file = |start, end| Map { inode: 5, ..map(start, end) };
         let m = LARGE;
-        let maps = [map(0, 9), file(9, 10), map(m, 3 * m), map(4 * m, 6 * m), map(7 * m, 7 * m + 1), file(8 * m, 10 * m)];
-        let found: Vec<_> = walks(&maps, &(5..9 * m)).into_iter().map(|(range, query)| (range, query == OWN)).collect();
+        let maps = [
+            map(0, 9),
+            file(9, 10),
+            map(m, 3 * m),
+            map(4 * m, 6 * m),
+            map(7 * m, 7 * m + 1),
+            file(8 * m, 10 * m),
+        ];
+        let found: Vec<_> =
+            walks(&maps, &(5..9 * m)).into_iter().map(|(range, query)| (range, query == OWN)).collect();
         assert_eq!(found, [(5..10, true), (m..3 * m, false), (4 * m..6 * m, false), (7 * m..9 * m, true)]);
     }
 }
