@@ -1,19 +1,16 @@
-//! The address space of a stub: mappings, their content, and the fields of `mm`.
+//! The address space of a stub: its mappings, and the fields of `mm`.
 
+use super::content;
 use super::files::Files;
 use super::seed::Inheritance;
 use super::tree::Stub;
 use super::vdso;
-use crate::store::{PartReader, RunData};
-use crate::sys::memory;
+use crate::store::PartReader;
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
-use ckpt_common::image::PAGE_SIZE;
 use ckpt_common::image::file::FileId;
-use ckpt_common::image::process::{AddressSpace, Backing, Mapping, Process};
+use ckpt_common::image::process::{AddressSpace, Backing, Process};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
@@ -26,7 +23,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files, part: &
     let pulled = pull(leader, space, files, &inheritance)?;
     map(leader, space, &pulled, &inheritance)?;
     fields(leader, space, &pulled, &inheritance)?;
-    fill(leader.pid, space, part)?;
+    content::fill(leader.pid, space, part, part.page_map(space.memory)?)?;
     vdso::rebuild(leader, space, &inheritance)
 }
 
@@ -112,45 +109,6 @@ fn fields(
     batch.call("prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0]);
     batch.call("closing mapped files", libc::SYS_close_range, &[0, inheritance.restorer as u64 - 1, 0]);
     Ok(leader.run(batch, false)?.all_ok()?)
-}
-
-/// Writes the pages, and locks what was locked.
-fn fill(pid: i32, space: &AddressSpace, part: &PartReader) -> Result<()> {
-    let mem =
-        File::options().write(true).open(format!("/proc/{pid}/mem")).context("opening the stub's memory")?;
-    part.for_each_run::<anyhow::Error>(space.memory, |first, run| {
-        let (mut at, end) = match run {
-            RunData::Zero(pages) => (first * PAGE_SIZE as u64, (first + pages) * PAGE_SIZE as u64),
-            RunData::Data(data) => (first * PAGE_SIZE as u64, first * PAGE_SIZE as u64 + data.len() as u64),
-        };
-        let begin = at;
-        while at < end {
-            let mapping = find(&space.mappings, at)
-                .with_context(|| format!("the image has memory at {at:#x}, where nothing is mapped"))?;
-            let until = end.min(mapping.end);
-            let piece = match run {
-                RunData::Data(data) => &data[(at - begin) as usize..(until - begin) as usize],
-                // Fresh anonymous memory is zero; a private page of a file is not.
-                RunData::Zero(_) if mapping.backing == Backing::Anonymous => &[],
-                RunData::Zero(_) => &vec![0; (until - at) as usize],
-            };
-            if !piece.is_empty() {
-                match mapping.prot & libc::PROT_WRITE {
-                    // Not writable for the program, and so for process_vm_writev(2); /proc/PID/mem does not mind.
-                    0 => mem.write_all_at(piece, at),
-                    _ => memory::write(pid, at, piece),
-                }
-                .with_context(|| format!("filling memory at {at:#x}"))?;
-            }
-            at = until;
-        }
-        Ok(())
-    })
-}
-
-fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
-    let at = mappings.partition_point(|m| m.end <= address);
-    mappings.get(at).filter(|m| m.start <= address)
 }
 
 /// Locks what was mlock(2)ed, once the content is there.

@@ -4,6 +4,7 @@
 //! nothing is made), *build* (stub processes with their PIDs, kernel objects, memory), *connect* (sockets), *release*.
 //! Dropping a session before the release kills what was built.
 
+mod content;
 mod descriptors;
 mod files;
 mod grow;

@@ -25,13 +25,15 @@ mod pack_writer;
 mod part_reader;
 mod part_writer;
 mod refs;
+mod scatter;
 mod verify;
 
 pub use dump::{Dump, DumpId};
 pub use error::{Result, StoreError};
-pub use part_reader::{PartReader, RunData};
+pub use part_reader::PartReader;
 pub use part_writer::{Compress, PartOptions, PartWriter, Watch};
 pub use refs::JobName;
+pub use scatter::Piece;
 pub use verify::{Problem, VerifyReport};
 
 use ckpt_common::image::{Digest, FormatError, manifest::Checkpoint};

@@ -5,10 +5,11 @@ use ckpt_common::image::{
     MemoryId, PAGE_SIZE,
     file::{FileId, OpenFile},
     manifest::{Checkpoint, Manifest, NodePart, PartRef},
+    pages::Source,
     record::RawRecord,
 };
 use proptest::prelude::*;
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, sync::Mutex};
 use tempfile::TempDir;
 
 type Memory = BTreeMap<u32, BTreeMap<u64, Vec<u8>>>;
@@ -74,12 +75,15 @@ fn read(store: &Store, part: &PartRef) -> Result<Memory> {
     let mut memory = Memory::new();
     for id in part.memories() {
         let object = memory.entry(id.0).or_default();
-        part.for_each_run(id, |first, data| {
-            let pages: Vec<_> = match data {
-                RunData::Zero(count) => (0..count).map(|_| vec![0; PAGE_SIZE]).collect(),
-                RunData::Data(data) => data.chunks(PAGE_SIZE).map(<[u8]>::to_vec).collect(),
-            };
-            object.extend((first..).zip(pages));
+        let map = part.page_map(id)?;
+        let zero = map.iter().filter(|run| run.source() == Source::Zero);
+        object.extend(zero.flat_map(|run| run.page.get()..run.end()).map(|page| (page, vec![0; PAGE_SIZE])));
+        let shared = Mutex::new(object);
+        part.scatter(&[map], |pieces| {
+            for piece in pieces {
+                let pages = piece.data.chunks(PAGE_SIZE).map(<[u8]>::to_vec);
+                shared.lock().unwrap().extend((piece.page..).zip(pages));
+            }
             Ok::<_, StoreError>(())
         })?;
     }

@@ -16,6 +16,7 @@ pub mod ptrace;
 pub mod socket;
 pub mod task;
 pub mod unix_socket;
+pub mod vm_write;
 
 use std::io;
 
