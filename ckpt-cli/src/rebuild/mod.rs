@@ -13,6 +13,8 @@ mod mappings;
 mod plan;
 mod process;
 mod seed;
+mod share;
+mod spaces;
 mod thread;
 mod tree;
 mod vdso;
@@ -132,10 +134,11 @@ impl Session {
         let files = files::Files::rebuild(&self.part, &self.files, &self.processes, &self.options, network)?;
         let layout = layout::Layout::choose(&self.processes)?;
         // Kept from here on: what exists is killed when this session is dropped.
-        let tree = self.tree.insert(tree::Tree::grow(&self.processes, layout, self.namespace)?);
+        let spaces = spaces::Spaces::new(&self.processes, &self.files, &files, &self.part);
+        let tree = self.tree.insert(tree::Tree::grow(&self.processes, &spaces, layout, self.namespace)?);
         for process in self.processes.iter().filter(|p| p.zombie.is_none()) {
             let stub = tree.stub(process.pid)?;
-            process::rebuild(stub, process, &files, &self.part, layout)
+            process::rebuild(stub, process, &files, &spaces, layout)
                 .with_context(|| format!("rebuilding process {} ({})", process.pid, process.exe))?;
         }
         files.seal()?;

@@ -2,9 +2,9 @@
 
 use super::files::Files;
 use super::layout::Layout;
+use super::spaces::Spaces;
 use super::tree::Stub;
 use super::{descriptors, mappings, seed, thread};
-use crate::store::PartReader;
 use crate::sys::task;
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
@@ -22,10 +22,13 @@ pub(super) fn rebuild(
     stub: &mut Stub,
     process: &Process,
     files: &Files,
-    part: &PartReader,
+    spaces: &Spaces<'_>,
     layout: Layout,
 ) -> Result<()> {
-    mappings::rebuild(stub, process, files, part).context("rebuilding the address space")?;
+    let (inheritance, holds) = (stub.inheritance.clone(), stub.holds);
+    spaces
+        .finish(stub.leader()?, &inheritance, holds, process.pid)
+        .context("rebuilding the address space")?;
     descriptors::rebuild(stub, process, files).context("rebuilding the descriptor table")?;
     attributes(stub.leader()?, process, layout)?;
     for record in process.threads.iter().skip(1) {
