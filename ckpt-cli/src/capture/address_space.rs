@@ -1,24 +1,23 @@
 //! One address space: its mappings, and the pages that only it has.
 
 use super::descriptors::Table;
-use crate::sys::pagemap::{self, Query, category};
+use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::proc::{self, Map, Maps};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use procfs::process::{Process as Proc, VmFlags};
-use std::os::fd::AsFd;
 
-/// Captures the address space; pages are copied into the table's staging memory.
+/// Captures the address space.
 pub(super) fn capture(
-    pid: i32,
+    frozen: &mut FrozenProcess,
     proc: &Proc,
     maps: &Maps,
     brk: u64,
     table: &mut Table<'_>,
 ) -> Result<AddressSpace> {
-    let stat = proc.stat()?;
+    let (pid, stat) = (frozen.pid, proc.stat()?);
     let field = |value: Option<u64>, name| value.with_context(|| format!("/proc/{pid}/stat has no {name}"));
-    let memory = table.new_memory();
+    let memory = table.memory().cut(frozen, maps).context("listing modified memory")?;
     let mut space = AddressSpace {
         memory,
         fields: [
@@ -39,7 +38,6 @@ pub(super) fn capture(
         mappings: Vec::with_capacity(maps.len()),
         vdso: Vec::new(),
     };
-    let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).context("opening the page map")?;
     for map in maps {
         let backing = backing(pid, map, table)?;
         match &backing {
@@ -47,15 +45,7 @@ pub(super) fn capture(
                 space.vdso = vec![0; map.size() as usize];
                 crate::sys::memory::read(pid, map.start, &mut space.vdso).context("reading the vdso")?;
             }
-            Backing::Kernel { .. } | Backing::SharedFile { .. } => {}
-            Backing::Anonymous | Backing::PrivateFile { .. } => {
-                let mut runs = Vec::new();
-                pagemap::scan(pagemap.as_fd(), map.start, map.end, own_pages(), |r| {
-                    runs.push((r.start, r.end))
-                })
-                .context("listing the pages of a mapping")?;
-                table.stage_pages(pid, memory, &runs, map.prot & libc::PROT_READ != 0)?;
-            }
+            _ => {}
         }
         space.mappings.push(Mapping {
             start: map.start,
@@ -69,16 +59,6 @@ pub(super) fn capture(
         });
     }
     Ok(space)
-}
-
-/// Private pages that hold something of the process's own: not the file's, not the shared zero page.
-fn own_pages() -> Query {
-    Query {
-        inverted: category::FILE | category::ZERO,
-        all: category::FILE | category::ZERO,
-        any: category::PRESENT | category::SWAPPED,
-        report: category::PRESENT | category::SWAPPED,
-    }
 }
 
 fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {

@@ -1,7 +1,7 @@
 //! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
 
 use super::{Connection, Options, plan};
-use crate::memory::staging::Staging;
+use crate::memory::dump::MemoryDump;
 use crate::network::hold::SocketCookie;
 use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
 use crate::sys::{kcmp, pidfd};
@@ -80,7 +80,7 @@ pub(super) struct Table<'a> {
     options: &'a Options,
     /// Sockets and pipes that processes outside the job have open.
     foreign: &'a HashSet<u64>,
-    staging: &'a mut Staging,
+    memory: &'a mut MemoryDump,
     guard: &'a mut Option<tcp::Guard>,
     /// Descriptors of ours that stand for descriptions: kept open, because others are compared with them.
     own: Vec<OwnedFd>,
@@ -103,13 +103,13 @@ impl<'a> Table<'a> {
         frozen: &Frozen,
         options: &'a Options,
         foreign: &'a HashSet<u64>,
-        staging: &'a mut Staging,
+        memory: &'a mut MemoryDump,
         guard: &'a mut Option<tcp::Guard>,
     ) -> Result<Self> {
         let mut table = Self {
             options,
             foreign,
-            staging,
+            memory,
             guard,
             own: Vec::new(),
             descriptors: BTreeMap::new(),
@@ -247,20 +247,9 @@ impl<'a> Table<'a> {
         self.descriptors.get(&pid).cloned().unwrap_or_default()
     }
 
-    /// A new memory object in the staging memory.
-    pub(super) fn new_memory(&mut self) -> MemoryId {
-        self.staging.new_object()
-    }
-
-    /// Copies pages of a process.
-    pub(super) fn stage_pages(
-        &mut self,
-        pid: i32,
-        id: MemoryId,
-        runs: &[(u64, u64)],
-        readable: bool,
-    ) -> Result<()> {
-        self.staging.copy_pages(pid, id, runs, readable)
+    /// The memory of the job.
+    pub(super) fn memory(&mut self) -> &mut MemoryDump {
+        self.memory
     }
 
     /// A description for a mapped file or the executable; `name` is a link below /proc/PID.
@@ -310,8 +299,7 @@ impl CaptureContext for Table<'_> {
         if let Some(id) = self.staged.get(&key) {
             return Ok(*id);
         }
-        let id = self.staging.new_object();
-        self.staging.copy_file(id, file)?;
+        let id = self.memory.copy_file(file)?;
         self.staged.insert(key, id);
         Ok(id)
     }

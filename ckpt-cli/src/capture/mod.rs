@@ -10,14 +10,15 @@ mod plan;
 mod process;
 mod thread;
 
-use crate::memory::staging::Staging;
+use crate::memory::dump::{self as memory, Kept, MemoryDump};
 use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
 use crate::objects::tcp::{CaptureError, Guard};
-use crate::store::PartWriter;
+use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
-use crate::tracee::{freeze::Frozen, healing::Finder, proc};
+use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
+use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -30,14 +31,14 @@ const TRIES: usize = 20;
 const BETWEEN_TRIES: Duration = Duration::from_millis(5);
 
 /// What the operator asked for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Kinds of things outside the job that may come back closed or disconnected (`--allow`).
     pub allow: BTreeSet<String>,
     /// How files open for writing come back (`--files`).
     pub files: FilePolicy,
-    /// The job is killed after the commit (`--stop`).
-    pub stop: bool,
+    /// What is wanted of the memory part, and whether the job is killed after the commit (`--stop`).
+    pub memory: memory::Options,
 }
 
 /// What is known after the cut.
@@ -51,6 +52,17 @@ pub struct CutReport {
     pub threads: usize,
     /// Bytes of memory copied.
     pub bytes: u64,
+}
+
+/// How the memory was saved.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryReport {
+    /// Only what was modified since an older checkpoint.
+    pub incremental: bool,
+    /// What took how long.
+    pub times: Vec<PhaseTime>,
+    /// By process.
+    pub processes: Vec<ProcessMemory>,
 }
 
 /// What becomes of the job at the end.
@@ -75,7 +87,9 @@ pub struct Session {
     sockets: descriptors::TcpSockets,
     processes: Vec<Process>,
     files: Vec<OpenFile>,
-    staging: Staging,
+    memory: MemoryDump,
+    /// PIDs as we see them, and as the processes do.
+    numbers: Vec<(i32, i32)>,
 }
 
 impl Session {
@@ -83,6 +97,7 @@ impl Session {
     pub fn plan(pids: &[i32], options: Options) -> Result<Self> {
         crate::sys::task::raise_descriptor_limit().context("raising the limit on open files")?;
         let plan = plan::plan(pids, &options)?;
+        let memory = MemoryDump::new(options.memory, None, Vec::new());
         Ok(Self {
             pids: pids.to_vec(),
             plan,
@@ -94,7 +109,8 @@ impl Session {
             sockets: descriptors::TcpSockets::default(),
             processes: Vec::new(),
             files: Vec::new(),
-            staging: Staging::default(),
+            memory,
+            numbers: Vec::new(),
         })
     }
 
@@ -103,18 +119,21 @@ impl Session {
         &self.plan
     }
 
-    /// Makes ready what the freeze should not wait for.
-    pub fn arm(&mut self) -> Result<()> {
-        if self.options.stop && !self.plan.connections.is_empty() {
+    /// Goes on with what an earlier dump has left: the checkpoint that it made, and what tracks writes since.
+    pub fn build_on(&mut self, base: PartReader, kept: Vec<Kept>) {
+        self.memory = MemoryDump::new(self.options.memory, Some(base), kept);
+    }
+
+    /// Makes ready what the freeze should not wait for, and copies memory ahead of it.
+    pub fn arm(&mut self, part: &mut PartWriter) -> Result<()> {
+        if self.options.memory.stop && !self.plan.connections.is_empty() {
             self.hold = Some(Hold::load().context("loading the traffic hold")?);
         }
         // It is a fork of us: while we are small.
         if self.plan.has_tcp {
             self.guard = Some(Guard::start()?);
         }
-        let pids = self.plan.processes.iter().map(|process| process.pid);
-        self.staging.prepare(pids.map(proc::private_bytes).sum());
-        Ok(())
+        self.memory.save_early(&self.pids, part).context("copying memory ahead of the freeze")
     }
 
     /// Freezes the job and takes its state. The job stays frozen until [`Self::thaw`], [`Self::finish`] or drop.
@@ -133,7 +152,6 @@ impl Session {
                 return Err(error);
             }
             tries += 1;
-            self.staging.clear();
             self.processes.clear();
             // It holds descriptors: a socket that the program closes meanwhile would stay open.
             if let Some(guard) = self.guard.take() {
@@ -148,9 +166,10 @@ impl Session {
         let start = Instant::now();
         let mut frozen = Frozen::freeze(&self.pids).context("freezing the job")?;
         let mut finder = Finder::default();
+        self.memory.begin_cut();
         let (options, foreign) = (&self.options, &self.plan.foreign);
         let mut table =
-            descriptors::Table::new(&frozen, options, foreign, &mut self.staging, &mut self.guard)?;
+            descriptors::Table::new(&frozen, options, foreign, &mut self.memory, &mut self.guard)?;
         table.capture()?;
         let mut threads = 0;
         for process in frozen.processes.values_mut() {
@@ -160,15 +179,16 @@ impl Session {
             self.processes.push(captured);
         }
         (self.files, self.halves) = table.finish()?;
-        self.staging.collect()?;
+        self.memory.copy_in_cut()?;
         let pids: Vec<(i32, i32)> =
             frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);
+        self.numbers = pids;
         let report = CutReport {
             took: start.elapsed(),
             processes: frozen.processes.len(),
             threads,
-            bytes: self.staging.bytes(),
+            bytes: self.memory.bytes(),
         };
         self.frozen = Some(frozen);
         Ok(report)
@@ -201,15 +221,35 @@ impl Session {
         for file in self.sockets.records() {
             part.record(&file?)?;
         }
-        self.staging.save(part)
+        self.memory.save(part)
     }
 
-    /// Ends the session.
-    pub fn finish(mut self, outcome: Outcome) -> Result<()> {
-        if outcome == Outcome::LeaveRunning {
-            return self.thaw();
+    /// How the memory was saved.
+    pub fn memory(&self) -> MemoryReport {
+        let inner =
+            |pid| self.numbers.iter().find(|(outer, _)| *outer == pid).map_or(pid, |(_, inner)| *inner);
+        let processes = self.memory.statistics().map(|(pid, statistics)| ProcessMemory {
+            pid: inner(pid),
+            resident_bytes: statistics.own,
+            modified_bytes: statistics.modified,
+            presaved_bytes: statistics.presaved,
+            cut_bytes: statistics.cut,
+            copied_before_write_bytes: statistics.before_write,
+        });
+        MemoryReport {
+            incremental: self.memory.is_incremental(),
+            times: self.memory.times().to_vec(),
+            processes: processes.collect(),
         }
-        let Some(frozen) = self.frozen.take() else { return Ok(()) };
+    }
+
+    /// Ends the session after the commit. Gives what is to be kept for the next dump.
+    pub fn finish(mut self, outcome: Outcome) -> Result<Vec<Kept>> {
+        if outcome == Outcome::LeaveRunning {
+            self.thaw()?;
+            return Ok(self.take_memory().end(true));
+        }
+        let Some(frozen) = self.frozen.take() else { return Ok(Vec::new()) };
         // Their peers never notice: sockets in repair mode close without a word, and what others still send gets no
         // answer while the hold is there.
         if let Some(hold) = &mut self.hold {
@@ -230,7 +270,18 @@ impl Session {
         for tid in threads.into_iter().rev() {
             while !matches!(ptrace::wait(tid, true), Ok(ptrace::Wait::Gone(_)) | Err(_)) {}
         }
-        Ok(())
+        Ok(Vec::new())
+    }
+
+    /// Ends the session without a checkpoint; the job runs on. Gives what is to be kept for the next dump.
+    pub fn abandon(mut self) -> Vec<Kept> {
+        let memory = self.take_memory();
+        drop(self);
+        memory.end(false)
+    }
+
+    fn take_memory(&mut self) -> MemoryDump {
+        std::mem::replace(&mut self.memory, MemoryDump::new(self.options.memory, None, Vec::new()))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use super::descriptors::Table;
 use super::{address_space, thread};
-use crate::tracee::freeze::{FrozenProcess, scratch};
+use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
-use crate::tracee::{Arena, Batch, Done, Stopped, TraceeError, proc};
+use crate::tracee::{Arena, Batch, Done, Stopped, proc};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::MemoryId;
 use ckpt_common::image::file::FileId;
@@ -75,21 +75,11 @@ pub(super) fn capture(
     process.fds = table.descriptors(pid);
 
     let maps = proc::maps_with_flags(pid).context("reading the mappings")?;
-    let pieces = finder.find(pid, &maps).ok_or(TraceeError::Unfit {
-        pid,
-        reason: "it has no vdso with a system call instruction, so nothing can be asked from inside it",
-    })?;
-    let heals = scratch(frozen, &maps, Stopped::healing_size());
-    let leader = frozen.threads.first_mut().context("it has no thread left")?;
-    process.pending = thread::pending(leader.tid, true)?;
-    let arena = leader.map_arena(&pieces, heals, Arena::SMALL)?;
-    // The arena must go whatever happens, so failures are looked at behind its removal.
-    let inside = ask(&mut frozen.threads, arena, &mut process);
-    if let Some(leader) = frozen.threads.first_mut() {
-        leader.unmap_arena(&pieces, heals, arena)?;
+    if let Some(leader) = frozen.threads.first() {
+        process.pending = thread::pending(leader.tid, true)?;
     }
-    let brk = inside?;
-    process.mm = address_space::capture(pid, &proc, &maps, brk, table)?;
+    let brk = frozen.with_arena(finder, &maps, |threads, arena| ask(threads, arena, &mut process))?;
+    process.mm = address_space::capture(frozen, &proc, &maps, brk, table)?;
     Ok(process)
 }
 

@@ -15,14 +15,14 @@ use super::{
 };
 use crate::{
     job::selector,
-    store::{Compress, PartOptions, Store, StoreError, Watch},
+    store::{Compress, PartOptions, PartWriter, Store, StoreError, Watch},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use ckpt_common::{
-    image::manifest::NodeAddress,
+    image::manifest::{NodeAddress, PartRef},
     wire::{
         DumpTask, FailureClass, Hello, Phase, PlanReport, Request, Response, RestoreReport, RestoreTask,
-        Selector,
+        SaveReport, Selector,
     },
 };
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -163,9 +163,18 @@ fn watch(shared: &Shared) {
 
 enum State {
     Idle,
-    Dump(Box<dyn DumpSession>, Store, DumpTask),
+    Dump(Dumping),
     Restore(Box<dyn RestoreSession>),
     Released(Vec<i32>),
+}
+
+/// A dump under way. The writer goes before the session, which knows what has become of it.
+struct Dumping {
+    part: Option<PartWriter>,
+    session: Box<dyn DumpSession>,
+    store: Store,
+    task: DumpTask,
+    saved: PartRef,
 }
 
 struct Agent<'a> {
@@ -225,10 +234,10 @@ impl Agent<'_> {
             Request::Hello(hello) => self.hello(&hello),
             Request::Doctor { store } => Ok(Response::Doctor(crate::doctor::probe(Path::new(&store)))),
             Request::PlanDump(task) => Ok(Response::Planned(self.plan_dump(task)?)),
-            Request::Arm => self.dumping(|session| session.arm()).map(|()| Response::Done),
-            Request::Cut => self.dumping(|session| session.cut()).map(Response::Cut),
-            Request::Settle => self.dumping(|session| session.settle()).map(Response::Settled),
-            Request::Run => self.dumping(|session| session.thaw()).map(|()| Response::Done),
+            Request::Arm => self.arm(),
+            Request::Cut => Ok(Response::Cut(self.dumping()?.session.cut()?)),
+            Request::Settle => Ok(Response::Settled(self.dumping()?.session.settle()?)),
+            Request::Run => self.dumping()?.session.thaw().map(|()| Response::Done),
             Request::Save => self.save(),
             Request::Commit => self.commit(),
             Request::PlanRestore(task) => Ok(Response::RestorePlanned(self.plan_restore(task)?)),
@@ -261,37 +270,49 @@ impl Agent<'_> {
         if pids.is_empty() {
             return Ok(PlanReport { addresses, ..Default::default() });
         }
-        let (session, mut report) = self.engine.plan_dump(&pids, &task.options)?;
+        // The one before has to let go of the job first.
+        self.state = State::Idle;
+        let (session, mut report) = self.engine.plan_dump(&pids, &task, &store)?;
         report.addresses = addresses;
-        self.state = State::Dump(session, store, task);
+        self.state = State::Dump(Dumping { part: None, session, store, task, saved: PartRef::default() });
         Ok(report)
     }
 
-    fn dumping<T>(&mut self, act: impl FnOnce(&mut dyn DumpSession) -> Result<T>) -> Result<T> {
+    fn dumping(&mut self) -> Result<&mut Dumping> {
         match &mut self.state {
-            State::Dump(session, ..) => act(session.as_mut()),
+            State::Dump(dumping) => Ok(dumping),
             _ => bail!("no dump is under way on this node"),
         }
     }
 
-    fn save(&mut self) -> Result<Response> {
-        let State::Dump(session, store, task) = &mut self.state else {
-            bail!("no dump is under way on this node");
-        };
-        let mut part = store.part_writer(PartOptions {
-            compress: task.options.compress.map_or(Compress::None, Compress::Zstd),
-            dump: Some(task.dump.clone().into()),
-            watch: lock(&self.shared.watch).clone(),
+    fn arm(&mut self) -> Result<Response> {
+        let watch = lock(&self.shared.watch).clone();
+        let dumping = self.dumping()?;
+        let part = dumping.store.part_writer(PartOptions {
+            compress: dumping.task.options.compress.map_or(Compress::None, Compress::Zstd),
+            dump: Some(dumping.task.dump.clone().into()),
+            watch,
+            base: dumping.session.base()?,
         })?;
-        session.save(&mut part)?;
-        Ok(Response::Saved(part.finish().context("writing the part")?))
+        dumping.session.arm(dumping.part.insert(part))?;
+        Ok(Response::Done)
+    }
+
+    fn save(&mut self) -> Result<Response> {
+        let dumping = self.dumping()?;
+        let mut part = dumping.part.take().context("nothing is armed on this node")?;
+        dumping.session.save(&mut part)?;
+        dumping.saved = part.finish().context("writing the part")?;
+        let memory = dumping.session.memory();
+        Ok(Response::Saved(SaveReport { part: dumping.saved.clone(), memory }))
     }
 
     fn commit(&mut self) -> Result<Response> {
         match std::mem::replace(&mut self.state, State::Idle) {
-            State::Dump(session, _, task) => {
-                let outcome = if task.options.stop { Outcome::Kill } else { Outcome::LeaveRunning };
-                session.finish(outcome)?;
+            State::Dump(dumping) => {
+                let stop = dumping.task.options.stop;
+                let outcome = if stop { Outcome::Kill } else { Outcome::LeaveRunning };
+                dumping.session.finish(outcome, &dumping.saved)?;
                 Ok(Response::Done)
             }
             _ => bail!("no dump is under way on this node"),
@@ -405,7 +426,12 @@ mod tests {
     struct NoEngine;
 
     impl Engine for NoEngine {
-        fn plan_dump(&self, _: &[i32], _: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+        fn plan_dump(
+            &self,
+            _: &[i32],
+            _: &DumpTask,
+            _: &Store,
+        ) -> Result<(Box<dyn DumpSession>, PlanReport)> {
             bail!("not here")
         }
         fn plan_restore(
@@ -465,6 +491,7 @@ mod tests {
         let task = |store: &Path| {
             Request::PlanDump(DumpTask {
                 store: store.to_str().unwrap().to_owned(),
+                job: "job".into(),
                 dump: "0".repeat(32),
                 selector: Selector::Pids(vec![1]),
                 options: DumpOptions::default(),

@@ -3,17 +3,23 @@
 //! All calls of a session come from one thread, because ptrace(2) knows its tracer by thread; so
 //! sessions need not be `Send`. Tests of the protocol put a fake in their place.
 
-use crate::store::{PartReader, PartWriter};
+use crate::store::{PartReader, PartWriter, Store};
 use anyhow::Result;
+use ckpt_common::image::manifest::PartRef;
 use ckpt_common::wire::{
-    Connection, CutReport, DumpOptions, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
+    Connection, CutReport, DumpTask, MemoryReport, NetworkTask, PlanReport, RestoreOptions, RestoreReport,
 };
 
 /// Makes sessions.
 pub trait Engine {
     /// Looks at the processes and their descendants and lists everything that stands in the way.
     /// Nothing is touched.
-    fn plan_dump(&self, pids: &[i32], options: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)>;
+    fn plan_dump(
+        &self,
+        pids: &[i32],
+        task: &DumpTask,
+        store: &Store,
+    ) -> Result<(Box<dyn DumpSession>, PlanReport)>;
 
     /// Looks at a part and at this node and lists everything that stands in the way of bringing it
     /// back here. Nothing is built.
@@ -35,8 +41,11 @@ pub enum Outcome {
 
 /// One dump on one node. Dropped at any time, it lets the job run on unharmed.
 pub trait DumpSession {
-    /// Makes ready what the freeze must not wait for.
-    fn arm(&mut self) -> Result<()>;
+    /// This node's part of the checkpoint that this one builds on, if there is one. Asked once, before
+    /// [`Self::arm`].
+    fn base(&mut self) -> Result<Option<PartReader>>;
+    /// Makes ready what the freeze must not wait for; memory that is saved ahead goes to the part.
+    fn arm(&mut self, part: &mut PartWriter) -> Result<()>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
     /// Takes what connections have received: every sender, on all nodes, is cut. Gives all
@@ -46,8 +55,10 @@ pub trait DumpSession {
     fn thaw(&mut self) -> Result<()>;
     /// Writes everything to the part.
     fn save(&mut self, part: &mut PartWriter) -> Result<()>;
-    /// The checkpoint is committed.
-    fn finish(self: Box<Self>, outcome: Outcome) -> Result<()>;
+    /// How the memory was saved.
+    fn memory(&self) -> MemoryReport;
+    /// The checkpoint is committed, with this part.
+    fn finish(self: Box<Self>, outcome: Outcome, part: &PartRef) -> Result<()>;
 }
 
 /// One restore on one node. Dropped before [`RestoreSession::release`] has succeeded, it removes

@@ -4,31 +4,48 @@
 use super::{
     engine::{DumpSession, Engine, Outcome, RestoreSession},
     error::Classified,
+    keeping::Keeping,
 };
 use crate::{
     capture,
+    memory::{cow::Way, dump as memory},
     objects::{self, tcp::CaptureError},
     rebuild,
-    store::{PartReader, PartWriter},
+    store::{PartReader, PartWriter, Store},
     sys::pidfd,
 };
 use anyhow::{Context, Result};
 use ckpt_common::{
-    image::manifest::ProcessSummary,
+    image::manifest::{PartRef, ProcessSummary},
     wire::{
-        Blocker, Connection, CutReport, DumpOptions, FailureClass, FilePolicy, NetworkTask, PidPolicy,
-        PlanReport, RestoreOptions, RestoreReport, Stdio,
+        Blocker, Connection, CopyBeforeWrite, CutReport, DumpTask, FailureClass, FilePolicy, MemoryReport,
+        NetworkTask, PidPolicy, PlanReport, RestoreOptions, RestoreReport, Stdio,
     },
 };
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
-use std::os::fd::AsFd;
+use std::{os::fd::AsFd, time::Duration};
 
 /// Real processes.
 pub struct LiveEngine;
 
 impl Engine for LiveEngine {
-    fn plan_dump(&self, pids: &[i32], options: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+    fn plan_dump(
+        &self,
+        pids: &[i32],
+        task: &DumpTask,
+        store: &Store,
+    ) -> Result<(Box<dyn DumpSession>, PlanReport)> {
         check_privileges()?;
+        let options = &task.options;
+        let way = match options.cow {
+            CopyBeforeWrite::Auto => Way::Auto,
+            CopyBeforeWrite::Bpf => Way::Bpf,
+            CopyBeforeWrite::Uffd => Way::Uffd,
+            CopyBeforeWrite::Stop => Way::Stop,
+        };
+        let memory =
+            memory::Options { max_pause: Duration::from_micros(options.max_pause), way, stop: options.stop };
+        let full = options.full;
         let options = capture::Options {
             allow: options.allow.iter().cloned().collect(),
             files: match options.files {
@@ -36,7 +53,7 @@ impl Engine for LiveEngine {
                 FilePolicy::Length => objects::FilePolicy::Length,
                 FilePolicy::None => objects::FilePolicy::None,
             },
-            stop: options.stop,
+            memory,
         };
         let session = capture::Session::plan(pids, options)?;
         let found = session.found();
@@ -48,7 +65,15 @@ impl Engine for LiveEngine {
             ..Default::default()
         };
         let processes = found.processes.clone();
-        Ok((Box::new(LiveDump { session, processes }), report))
+        let keeping = Keeping {
+            keeper: None,
+            store: store.clone(),
+            job: task.job.clone(),
+            dump: task.dump.clone(),
+            base: None,
+            full,
+        };
+        Ok((Box::new(LiveDump { session: Some(session), processes, keeping }), report))
     }
 
     fn plan_restore(
@@ -147,42 +172,70 @@ fn classified(error: anyhow::Error) -> anyhow::Error {
     Classified { message: format!("{error:#}"), hint: None, class: FailureClass::Transient }.into()
 }
 
+/// A dump of this node's processes. Its end, whatever it is, goes to the keeper.
 struct LiveDump {
-    session: capture::Session,
+    session: Option<capture::Session>,
     processes: Vec<ProcessSummary>,
+    keeping: Keeping,
+}
+
+impl LiveDump {
+    fn session(&mut self) -> Result<&mut capture::Session> {
+        self.session.as_mut().context("the dump has ended")
+    }
 }
 
 impl DumpSession for LiveDump {
-    fn arm(&mut self) -> Result<()> {
-        self.session.arm()
+    fn base(&mut self) -> Result<Option<PartReader>> {
+        let Some((base, kept)) = self.keeping.take() else { return Ok(None) };
+        self.session()?.build_on(base.clone(), kept);
+        Ok(Some(base))
+    }
+
+    fn arm(&mut self, part: &mut PartWriter) -> Result<()> {
+        self.session()?.arm(part)
     }
 
     fn cut(&mut self) -> Result<CutReport> {
-        let report = self.session.cut().map_err(classified)?;
-        Ok(CutReport {
-            us: report.took.as_micros() as u64,
-            processes: self.processes.clone(),
-            bytes: report.bytes,
-        })
+        let processes = self.processes.clone();
+        let report = self.session()?.cut().map_err(classified)?;
+        Ok(CutReport { us: report.took.as_micros() as u64, processes, bytes: report.bytes })
     }
 
     fn settle(&mut self) -> Result<Vec<Connection>> {
-        Ok(self.session.settle().map_err(classified)?.iter().map(connection).collect())
+        Ok(self.session()?.settle().map_err(classified)?.iter().map(connection).collect())
     }
 
     fn thaw(&mut self) -> Result<()> {
-        self.session.thaw()
+        self.session()?.thaw()
     }
 
     fn save(&mut self, part: &mut PartWriter) -> Result<()> {
-        self.session.save(part)
+        self.session()?.save(part)
     }
 
-    fn finish(self: Box<Self>, outcome: Outcome) -> Result<()> {
-        self.session.finish(match outcome {
+    fn memory(&self) -> MemoryReport {
+        let report = self.session.as_ref().map(capture::Session::memory).unwrap_or_default();
+        let base = self.keeping.base_name().filter(|_| report.incremental);
+        MemoryReport { base, times: report.times, processes: report.processes }
+    }
+
+    fn finish(mut self: Box<Self>, outcome: Outcome, part: &PartRef) -> Result<()> {
+        let session = self.session.take().context("the dump has ended")?;
+        let kept = session.finish(match outcome {
             Outcome::LeaveRunning => capture::Outcome::LeaveRunning,
             Outcome::Kill => capture::Outcome::Kill,
-        })
+        })?;
+        self.keeping.give_new(part, kept);
+        Ok(())
+    }
+}
+
+impl Drop for LiveDump {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            self.keeping.give_back(session.abandon());
+        }
     }
 }
 

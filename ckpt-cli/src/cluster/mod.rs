@@ -17,6 +17,7 @@ pub mod engine;
 pub mod error;
 pub mod fault;
 pub mod frames;
+mod keeping;
 pub mod link;
 pub mod live;
 pub mod transport;

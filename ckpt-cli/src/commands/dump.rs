@@ -8,7 +8,7 @@ use crate::{
 };
 use ckpt_common::{
     image::{PAGE_SIZE, manifest::DumpRecord},
-    wire::{DumpOptions, FilePolicy, Selector},
+    wire::{CopyBeforeWrite, DumpOptions, FilePolicy, Selector},
 };
 use serde_json::json;
 use std::time::Duration;
@@ -31,6 +31,15 @@ pub(super) struct Arguments {
     /// End the job once the checkpoint exists; it stays frozen until then
     #[arg(long)]
     stop: bool,
+    /// Save all memory, as if there had been no checkpoint before
+    #[arg(long)]
+    full: bool,
+    /// How long copying memory may prolong the freeze
+    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = humantime::parse_duration)]
+    max_pause: Duration,
+    /// How memory that does not fit into that time is kept from being overwritten
+    #[arg(long, value_name = "WAY", value_enum, default_value = "auto")]
+    cow: Cow,
     /// zstd level from 1 to 19, or none
     #[arg(long, value_name = "LEVEL", default_value = "1", value_parser = compression)]
     compress: Compression,
@@ -75,6 +84,29 @@ enum Files {
     Length,
     /// Nothing: they are opened as they are found
     None,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Cow {
+    /// What costs the program least, of what the kernel offers
+    Auto,
+    /// A BPF program on page faults copies old content
+    Bpf,
+    /// Write faults wait until old content is copied
+    Uffd,
+    /// The freeze lasts until everything is copied
+    Stop,
+}
+
+impl From<Cow> for CopyBeforeWrite {
+    fn from(cow: Cow) -> Self {
+        match cow {
+            Cow::Auto => Self::Auto,
+            Cow::Bpf => Self::Bpf,
+            Cow::Uffd => Self::Uffd,
+            Cow::Stop => Self::Stop,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -178,7 +210,15 @@ pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(),
         job,
         selector: arguments.target.selector(),
         nodes,
-        options: DumpOptions { stop: arguments.stop, compress, files, allow: allow.clone() },
+        options: DumpOptions {
+            stop: arguments.stop,
+            compress,
+            files,
+            allow: allow.clone(),
+            full: arguments.full,
+            max_pause: arguments.max_pause.as_micros() as u64,
+            cow: arguments.cow.into(),
+        },
         record: DumpRecord {
             selector: arguments.target.typed(),
             stop: arguments.stop,
@@ -263,6 +303,7 @@ mod tests {
             records: 9,
             data_pages: 50_000,
             zero_pages: 2_000,
+            ..Default::default()
         };
         let node = NodePart {
             name: "n1".into(),
@@ -270,6 +311,7 @@ mod tests {
             part,
             addresses: Vec::new(),
             processes: vec![ProcessSummary::default(); 3],
+            ..Default::default()
         };
         let manifest = Manifest {
             job: "nightly".into(),

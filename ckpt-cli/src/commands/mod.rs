@@ -4,6 +4,7 @@ mod completions;
 mod doctor;
 mod dump;
 mod interrupt;
+mod keep;
 mod ls;
 mod restore;
 mod serve;
@@ -75,6 +76,7 @@ enum Command {
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     Serve(serve::Arguments),
+    Keep(keep::Arguments),
 }
 
 /// Parses the command line and does what it says. Gives the exit code.
@@ -111,6 +113,7 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),
         Command::Completions(arguments) => completions::run(arguments, ui),
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Keep(arguments) => keep::run(arguments),
     }
 }
 

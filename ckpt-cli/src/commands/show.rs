@@ -33,7 +33,7 @@ pub(super) struct Arguments {
     /// TCP connections inside the job, and what was on its way
     #[arg(long)]
     channels: bool,
-    /// What took how long
+    /// What took how long, and how each process's memory was saved
     #[arg(long)]
     phases: bool,
 }
@@ -62,8 +62,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(),
     }
     if arguments.phases {
         sections.push(phases(&checkpoint));
+        sections.push(saving(&checkpoint));
     }
-    let text: Vec<_> = sections.iter().map(|section| section.text.as_str()).collect();
+    let text = sections.iter().map(|section| section.text.as_str()).filter(|text| !text.is_empty());
+    let text: Vec<_> = text.collect();
     let mut document = Map::from_iter([("type".to_owned(), json!("show"))]);
     document.extend(sections.iter().map(|section| (section.name.to_owned(), section.document.clone())));
     ui.result(&text.join("\n"), &document)
@@ -274,14 +276,59 @@ fn phases(checkpoint: &Checkpoint) -> Section {
     Section { name: "phases", text: table.text(), document: json!(checkpoint.manifest.phases) }
 }
 
+/// What the nodes tell about the saving: times, and bytes by process. Empty where they tell nothing.
+fn saving(checkpoint: &Checkpoint) -> Section {
+    let nodes = &checkpoint.manifest.nodes;
+    let mut tables = Vec::new();
+    if nodes.iter().any(|node| !node.times.is_empty()) {
+        let mut table = Table::new(&["NODE", "PHASE", ">TOOK"]);
+        for (node, time) in nodes.iter().flat_map(|node| node.times.iter().map(move |time| (node, time))) {
+            table.row([node.name.clone(), time.phase.clone(), duration(Duration::from_micros(time.us))]);
+        }
+        tables.push(table.text());
+    }
+    if nodes.iter().any(|node| !node.memory.is_empty()) {
+        let columns =
+            ["NODE", ">PID", ">RESIDENT", ">MODIFIED", ">BEFORE CUT", ">IN CUT", ">BEFORE WRITE", "SINCE"];
+        let mut table = Table::new(&columns);
+        for (node, memory) in
+            nodes.iter().flat_map(|node| node.memory.iter().map(move |memory| (node, memory)))
+        {
+            table.row([
+                node.name.clone(),
+                memory.pid.to_string(),
+                bytes(memory.resident_bytes),
+                bytes(memory.modified_bytes),
+                bytes(memory.presaved_bytes),
+                bytes(memory.cut_bytes),
+                bytes(memory.copied_before_write_bytes),
+                node.base.as_ref().map_or("-".to_owned(), |base| base.name.clone()),
+            ]);
+        }
+        tables.push(table.text());
+    }
+    let document = |node: &NodePart| {
+        json!({
+            "node": node.name,
+            "base": node.base,
+            "times": node.times,
+            "memory": node.memory,
+            "inherited_bytes": node.part.inherited_pages * PAGE_SIZE as u64,
+            "shared_bytes": node.part.shared_pages * PAGE_SIZE as u64,
+        })
+    };
+    let document = json!(nodes.iter().map(document).collect::<Vec<_>>());
+    Section { name: "saving", text: tables.join("\n"), document }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use ckpt_common::image::{
         Digest,
         manifest::{
-            Channel, ChannelEnd, DumpRecord, Manifest, NodeAddress, PackRef, PartRef, PhaseTime,
-            ProcessSummary,
+            BaseRef, Channel, ChannelEnd, DumpRecord, Manifest, NodeAddress, PackRef, PartRef, PhaseTime,
+            ProcessMemory, ProcessSummary,
         },
         tcp::Position,
     };
@@ -298,6 +345,7 @@ pub(super) mod tests {
                 records: 40,
                 data_pages: 10_000,
                 zero_pages: 500,
+                ..Default::default()
             },
             addresses: vec![NodeAddress { interface: "eth0".into(), address: address.parse().unwrap() }],
             processes: vec![ProcessSummary {
@@ -308,6 +356,7 @@ pub(super) mod tests {
                 threads: 5,
                 rss: 40 << 20,
             }],
+            ..Default::default()
         };
         let address = |text: &str| text.parse::<std::net::SocketAddr>().unwrap().into();
         let end = |node, local: &str, peer: &str, send_end, receive_next| ChannelEnd {
@@ -356,6 +405,26 @@ pub(super) mod tests {
             [summary(&checkpoint), processes(&checkpoint), channels(&checkpoint), phases(&checkpoint)];
         let text: Vec<_> = sections.iter().map(|section| section.text.as_str()).collect();
         insta::assert_snapshot!(text.join("\n"));
+    }
+
+    #[test]
+    fn how_memory_was_saved() {
+        let mut checkpoint = sample();
+        assert_eq!(saving(&checkpoint).text, "");
+        let node = &mut checkpoint.manifest.nodes[0];
+        node.base = Some(BaseRef { name: "shop@2".into(), id: Digest([3; 32]) });
+        node.times = vec![PhaseTime { phase: "pre-save".into(), us: 81_000 }];
+        node.memory = vec![ProcessMemory {
+            pid: 4242,
+            resident_bytes: 40 << 20,
+            modified_bytes: 5 << 20,
+            presaved_bytes: 9 << 20,
+            cut_bytes: 80 << 10,
+            copied_before_write_bytes: 4 << 10,
+        }];
+        node.part.inherited_pages = 9_000;
+        let section = saving(&checkpoint);
+        insta::assert_snapshot!(format!("{}\n{}", section.text, section.document));
     }
 
     #[test]

@@ -1,15 +1,17 @@
-//! Bytes copied while the job is frozen, to be compressed and written while it runs.
+//! Copies of pages, on their way from the job to the store.
 //!
-//! The memory for the copies is made before the freeze ([`Staging::prepare`]): faulting it in takes as long as the
-//! copying itself. During the freeze ranges are only noted, and then copied at once by several threads
-//! ([`Staging::collect`]).
+//! Copying is fast and compressing is slow, so pages are copied into memory of ours first and compressed from there.
+//! That memory has a bound; who copies while the job runs waits at the bound until the store has taken some.
+//! Memory for what is copied in the freeze is made before ([`Staging::prepare`]): faulting it in takes as long as the
+//! copying itself.
 
+use super::latest::{Run, latest};
 use crate::store::PartWriter;
 use crate::sys::{arena::Arena, memory};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
 use nix::unistd::{Whence, lseek};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Mutex, PoisonError};
@@ -25,41 +27,65 @@ const THREADS: usize = 4;
 /// Where it is less, no further thread is worth its start.
 const PER_THREAD: usize = 8 << 20;
 
-/// A run of pages, staged in an arena.
+/// Where pages are copied from.
 #[derive(Clone, Copy, Debug)]
-struct Run {
-    first_page: u64,
-    arena: usize,
-    start: usize,
-    len: usize,
+pub struct Origin<'a> {
+    /// The process.
+    pub pid: i32,
+    /// Its /proc/PID/mem, which goes with the address space, not with the PID; it disregards protection.
+    pub mem: &'a File,
+    /// May the pages be read by process_vm_readv(2), which is faster and respects their protection?
+    pub readable: bool,
 }
 
-/// Ranges of a process that are still to be copied, to one place in an arena.
+/// A part of an arena.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    arena: usize,
+    start: usize,
+}
+
+/// Ranges that are to be copied, one behind the other, to one place.
 #[derive(Debug)]
-struct Copy {
-    pid: i32,
-    /// May they be read by process_vm_readv(2)?
-    readable: bool,
+struct Copy<'a> {
+    origin: Origin<'a>,
+    id: MemoryId,
     ranges: Vec<(u64, usize)>,
-    arena: usize,
-    start: usize,
+    place: Place,
     len: usize,
 }
 
-/// Staged memory objects.
-#[derive(Debug, Default)]
-pub struct Staging {
-    next: u32,
-    objects: BTreeMap<MemoryId, Vec<Run>>,
-    /// Each with the bytes taken from it.
-    arenas: Vec<(Arena, usize)>,
-    copies: Vec<Copy>,
+/// How much was there at some moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    runs: usize,
     bytes: u64,
 }
 
+/// Staged pages of memory objects.
+#[derive(Debug, Default)]
+pub struct Staging {
+    /// Each with the bytes taken from it.
+    arenas: Vec<(Arena, usize)>,
+    runs: Vec<Run>,
+    bytes: u64,
+    limit: u64,
+    /// Memory objects that the part has been told of.
+    declared: BTreeSet<MemoryId>,
+}
+
 impl Staging {
+    /// Staging memory with a bound in bytes for what is copied while the job runs.
+    pub fn new(limit: u64) -> Self {
+        Self { limit, ..Self::default() }
+    }
+
     /// Makes memory ready for so many bytes. A failure is none: then the copying takes longer.
     pub fn prepare(&mut self, bytes: u64) {
+        let ready = self.arenas.last().map_or(0, |(arena, used)| arena.bytes().len() - used);
+        if ready as u64 >= bytes {
+            return;
+        }
         let prepared = usize::try_from(bytes).ok().and_then(|bytes| Arena::new(bytes.max(ARENA)).ok());
         if let Some(mut arena) = prepared {
             if let Err(error) = arena.fault_in() {
@@ -69,83 +95,142 @@ impl Staging {
         }
     }
 
-    /// Forgets everything but the prepared memory.
-    pub fn clear(&mut self) {
-        (self.next, self.bytes) = (0, 0);
-        self.objects.clear();
-        self.copies.clear();
-        self.arenas.truncate(1);
-        self.arenas.iter_mut().for_each(|(_, used)| *used = 0);
+    /// Bytes that may still be staged while the job runs.
+    pub fn room(&self) -> u64 {
+        self.limit.saturating_sub(self.bytes)
     }
 
-    /// A new, empty memory object.
-    pub fn new_object(&mut self) -> MemoryId {
-        let id = MemoryId(self.next);
-        self.next += 1;
-        self.objects.insert(id, Vec::new());
-        id
-    }
-
-    /// Bytes staged so far.
+    /// Bytes staged.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
+    /// How much there is, for [`Self::back_to`].
+    pub fn mark(&self) -> Mark {
+        Mark { runs: self.runs.len(), bytes: self.bytes }
+    }
+
+    /// Forgets what was staged since.
+    pub fn back_to(&mut self, mark: Mark) {
+        self.runs.truncate(mark.runs);
+        self.bytes = mark.bytes;
+        for (index, (_, used)) in self.arenas.iter_mut().enumerate() {
+            *used = self
+                .runs
+                .iter()
+                .filter(|run| run.arena == index)
+                .map(|run| run.start + run.len)
+                .max()
+                .unwrap_or(0);
+        }
+    }
+
     /// Takes `len` bytes of the newest arena, or of a new one.
-    fn take(&mut self, len: usize) -> Result<(usize, usize)> {
+    fn take(&mut self, len: usize) -> Result<Place> {
         if self.arenas.last().is_none_or(|(arena, used)| arena.bytes().len() - used < len) {
             let arena = Arena::new(len.max(ARENA)).context("no memory for the copy of the job's memory")?;
             self.arenas.push((arena, 0));
         }
-        let at = self.arenas.len() - 1;
-        let used = &mut self.arenas[at].1;
+        let arena = self.arenas.len() - 1;
+        let used = &mut self.arenas[arena].1;
         *used += len;
-        Ok((at, *used - len))
+        Ok(Place { arena, start: *used - len })
     }
 
-    fn push(&mut self, id: MemoryId, run: Run) {
-        self.bytes += run.len as u64;
-        let runs = self.objects.entry(id).or_default();
-        match runs.last_mut() {
+    fn push(&mut self, id: MemoryId, first_page: u64, place: Place, len: usize) {
+        self.bytes += len as u64;
+        let Place { arena, start } = place;
+        match self.runs.last_mut() {
             // One behind the other in the process and here.
             Some(last)
-                if (last.arena, last.start + last.len) == (run.arena, run.start)
-                    && last.first_page + (last.len / PAGE_SIZE) as u64 == run.first_page =>
+                if (last.id, last.arena, last.start + last.len) == (id, arena, start)
+                    && last.first_page + (last.len / PAGE_SIZE) as u64 == first_page =>
             {
-                last.len += run.len;
+                last.len += len;
             }
-            _ => runs.push(run),
+            _ => self.runs.push(Run { id, first_page, arena, start, len }),
         }
     }
 
-    /// Notes address ranges of a process for [`Self::collect`]. `readable`: may they be read by process_vm_readv(2),
-    /// which respects their protection? Otherwise /proc/PID/mem is used, which does not.
-    pub fn copy_pages(
+    /// Copies address ranges of stopped processes.
+    ///
+    /// # Errors
+    /// A page that cannot be read.
+    pub fn copy(&mut self, wanted: &[(MemoryId, Origin<'_>, Vec<(u64, u64)>)]) -> Result<()> {
+        let failed = self.copy_some(wanted)?;
+        match failed.first() {
+            Some((id, page)) => {
+                let at = page * PAGE_SIZE as u64;
+                let pid = wanted.iter().find(|w| w.0 == *id).map_or(0, |w| w.1.pid);
+                bail!("memory of process {pid} at {at:#x} cannot be read")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Copies address ranges of processes that run. Pages that are not there any more are left out, and given back.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn copy_some(
         &mut self,
-        pid: i32,
+        wanted: &[(MemoryId, Origin<'_>, Vec<(u64, u64)>)],
+    ) -> Result<Vec<(MemoryId, u64)>> {
+        let mut copies = Vec::new();
+        for (id, origin, ranges) in wanted {
+            self.note(*id, *origin, ranges, &mut copies)?;
+        }
+        let done = self.perform(&copies)?;
+        let mut failed = Vec::new();
+        for (copy, mut bad) in copies.iter().zip(done) {
+            bad.sort_unstable();
+            let mut at = copy.place.start;
+            for (start, len) in &copy.ranges {
+                let mut from = 0;
+                for page in bad.iter().filter(|page| (*start..start + *len as u64).contains(page)) {
+                    let to = (page - start) as usize;
+                    self.push_part(copy, *start, at, from..to);
+                    from = to + PAGE_SIZE;
+                    failed.push((copy.id, page / PAGE_SIZE as u64));
+                }
+                self.push_part(copy, *start, at, from..*len);
+                at += len;
+            }
+        }
+        Ok(failed)
+    }
+
+    fn push_part(&mut self, copy: &Copy<'_>, address: u64, at: usize, part: std::ops::Range<usize>) {
+        if !part.is_empty() {
+            let place = Place { start: at + part.start, ..copy.place };
+            self.push(copy.id, (address + part.start as u64) / PAGE_SIZE as u64, place, part.len());
+        }
+    }
+
+    fn note<'a>(
+        &mut self,
         id: MemoryId,
+        origin: Origin<'a>,
         ranges: &[(u64, u64)],
-        readable: bool,
+        copies: &mut Vec<Copy<'a>>,
     ) -> Result<()> {
         for &(start, end) in ranges {
             let mut at = start;
             while at < end {
                 let len = PIECE.min((end - at) as usize);
-                let (arena, place) = self.take(len)?;
-                self.push(id, Run { first_page: at / PAGE_SIZE as u64, arena, start: place, len });
-                match self.copies.last_mut() {
+                let place = self.take(len)?;
+                match copies.last_mut() {
                     Some(last)
-                        if (last.pid, last.readable) == (pid, readable)
-                            && (last.arena, last.start + last.len) == (arena, place)
+                        if last.id == id
+                            && last.origin.is(&origin)
+                            && (last.place.arena, last.place.start + last.len)
+                                == (place.arena, place.start)
                             && last.len + len <= PIECE =>
                     {
                         last.ranges.push((at, len));
                         last.len += len;
                     }
-                    _ => {
-                        let ranges = vec![(at, len)];
-                        self.copies.push(Copy { pid, readable, ranges, arena, start: place, len });
-                    }
+                    _ => copies.push(Copy { origin, id, ranges: vec![(at, len)], place, len }),
                 }
                 at += len as u64;
             }
@@ -153,39 +238,43 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies what was noted; the processes are still frozen.
-    pub fn collect(&mut self) -> Result<()> {
-        let copies = std::mem::take(&mut self.copies);
+    /// Copies with several threads; gives for each copy the addresses of pages that could not be read.
+    fn perform(&mut self, copies: &[Copy<'_>]) -> Result<Vec<Vec<u64>>> {
         let bytes: usize = copies.iter().map(|copy| copy.len).sum();
         let mut work = Vec::with_capacity(copies.len());
-        let mut copies = copies.into_iter().peekable();
+        let mut rest = copies.iter().enumerate().peekable();
         // They are in the order of their places: each arena is cut from front to back.
         for (index, (arena, _)) in self.arenas.iter_mut().enumerate() {
-            let (mut rest, mut at) = (arena.bytes_mut(), 0);
-            while let Some(copy) = copies.next_if(|copy| copy.arena == index) {
-                let (place, behind) = rest[copy.start - at..].split_at_mut(copy.len);
-                (rest, at) = (behind, copy.start + copy.len);
-                work.push((copy, place));
+            let (mut free, mut at) = (arena.bytes_mut(), 0);
+            while let Some((number, copy)) = rest.next_if(|(_, copy)| copy.place.arena == index) {
+                let (place, behind) = free[copy.place.start - at..].split_at_mut(copy.len);
+                (free, at) = (behind, copy.place.start + copy.len);
+                work.push((number, copy, place));
             }
         }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.min(THREADS).min(bytes.div_ceil(PER_THREAD)).max(1);
         let work = Mutex::new(work.into_iter());
-        let copy_all = || -> Result<()> {
+        let copy_all = || {
+            let mut done = Vec::new();
             loop {
                 // The lock is released before the copying.
                 let next = work.lock().unwrap_or_else(PoisonError::into_inner).next();
-                let Some((copy, place)) = next else { return Ok(()) };
-                copy.perform(place)?;
+                let Some((number, copy, place)) = next else { return done };
+                done.push((number, copy.perform(place)));
             }
         };
+        let mut failed = vec![Vec::new(); copies.len()];
         std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(copy_all)).collect();
             let own = copy_all();
-            let joined = others.into_iter().map(|other| {
-                other.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread that copies memory panicked")))
-            });
-            joined.fold(own, Result::and)
+            let panicked = |_| anyhow::anyhow!("a thread that copies memory panicked");
+            let mut all = vec![own];
+            for other in others {
+                all.push(other.join().map_err(panicked)?);
+            }
+            all.into_iter().flatten().for_each(|(number, bad)| failed[number] = bad);
+            Ok(failed)
         })
     }
 
@@ -205,18 +294,18 @@ impl Staging {
             while at < hole {
                 let len = PIECE.min((hole - at) as usize);
                 let whole = len.next_multiple_of(PAGE_SIZE);
-                let (arena, start) = self.take(whole)?;
-                let place = &mut self.arenas[arena].0.bytes_mut()[start..start + whole];
+                let place = self.take(whole)?;
+                let into = &mut self.arenas[place.arena].0.bytes_mut()[place.start..place.start + whole];
                 let mut done = 0;
                 while done < len {
-                    match file.read_at(&mut place[done..len], at + done as u64).context("reading a file")? {
+                    match file.read_at(&mut into[done..len], at + done as u64).context("reading a file")? {
                         0 => break,
                         n => done += n,
                     }
                 }
                 // An attempt before this one may have left something.
-                place[done..].fill(0);
-                self.push(id, Run { first_page: at / PAGE_SIZE as u64, arena, start, len: whole });
+                into[done..].fill(0);
+                self.push(id, at / PAGE_SIZE as u64, place, whole);
                 at += len as u64;
             }
             at = at.max(hole);
@@ -224,79 +313,141 @@ impl Staging {
         Ok(())
     }
 
-    /// Hands everything to the store, freeing memory on the way.
-    pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
-        for (id, runs) in std::mem::take(&mut self.objects) {
+    /// Takes pages that are in our memory already.
+    pub fn add(&mut self, id: MemoryId, first_page: u64, pages: &[u8]) -> Result<()> {
+        let place = self.take(pages.len())?;
+        self.arenas[place.arena].0.bytes_mut()[place.start..place.start + pages.len()].copy_from_slice(pages);
+        self.push(id, first_page, place, pages.len());
+        Ok(())
+    }
+
+    /// Tells the part of a memory object, once.
+    pub fn declare(&mut self, id: MemoryId, part: &mut PartWriter) -> Result<()> {
+        if self.declared.insert(id) {
             part.memory(id)?;
-            for run in runs {
-                let arena = &mut self.arenas[run.arena].0;
-                for at in (0..run.len).step_by(SAVED) {
-                    let (start, end) = (run.start + at, run.start + run.len.min(at + SAVED));
-                    part.pages(run.first_page + (at / PAGE_SIZE) as u64, &arena.bytes()[start..end])?;
+        }
+        Ok(())
+    }
+
+    /// Hands everything to the store, the newest copy of each page only, freeing memory on the way.
+    pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        for run in latest(std::mem::take(&mut self.runs)) {
+            self.declare(run.id, part)?;
+            let arena = &mut self.arenas[run.arena].0;
+            for at in (0..run.len).step_by(SAVED) {
+                let (start, end) = (run.start + at, run.start + run.len.min(at + SAVED));
+                part.pages(run.id, run.first_page + (at / PAGE_SIZE) as u64, &arena.bytes()[start..end])?;
+                if end - start == SAVED {
                     arena.discard(start, end);
                 }
             }
         }
         self.arenas.clear();
+        self.bytes = 0;
         Ok(())
     }
 }
 
-impl Copy {
-    fn perform(&self, into: &mut [u8]) -> Result<()> {
-        let pid = self.pid;
-        let (at, _) = self.ranges.first().copied().unwrap_or_default();
-        let context = || format!("reading memory of process {pid} at {at:#x}");
-        if self.readable {
-            return memory::read_ranges(pid, &self.ranges, into).with_context(context);
+impl Origin<'_> {
+    fn is(&self, other: &Self) -> bool {
+        (self.pid, self.readable) == (other.pid, other.readable) && std::ptr::eq(self.mem, other.mem)
+    }
+}
+
+impl Copy<'_> {
+    /// Copies everything; gives the addresses of pages that could not be read.
+    fn perform(&self, into: &mut [u8]) -> Vec<u64> {
+        let Origin { pid, mem, readable } = self.origin;
+        let read = |address: u64, into: &mut [u8]| match readable {
+            true => memory::read(pid, address, into).or_else(|_| mem.read_exact_at(into, address)),
+            false => mem.read_exact_at(into, address),
+        };
+        if readable && memory::read_ranges(pid, &self.ranges, into).is_ok() {
+            return Vec::new();
         }
-        let mem = File::open(format!("/proc/{pid}/mem")).context("opening the memory of a process")?;
-        let mut done = 0;
-        for (at, len) in &self.ranges {
-            mem.read_exact_at(&mut into[done..done + len], *at).with_context(context)?;
+        let (mut bad, mut done) = (Vec::new(), 0);
+        for (address, len) in &self.ranges {
+            let into = &mut into[done..done + len];
+            if read(*address, into).is_err() {
+                for (at, page) in (*address..).step_by(PAGE_SIZE).zip(into.chunks_exact_mut(PAGE_SIZE)) {
+                    if read(at, page).is_err() {
+                        bad.push(at);
+                    }
+                }
+            }
             done += len;
         }
-        Ok(())
+        bad
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{PartOptions, Store};
+    use std::collections::BTreeMap;
 
-    /// Our own memory, in many small ranges and large ones, with and without a prepared arena.
+    /// What a part has of an object.
+    fn written(staging: &mut Staging, id: MemoryId) -> BTreeMap<u64, Vec<u8>> {
+        let directory = tempfile::TempDir::new().unwrap();
+        let store = Store::create(&directory.path().join("store")).unwrap();
+        let mut part = store.part_writer(PartOptions::default()).unwrap();
+        staging.declare(id, &mut part).unwrap();
+        staging.save(&mut part).unwrap();
+        store.open_part(&part.finish().unwrap()).unwrap().contents(id).unwrap()
+    }
+
+    /// Our own memory, in many small ranges and large ones, with and without prepared memory.
     #[test]
     fn every_range_lands_where_it_belongs() {
         let data: Vec<u8> = (0..9_usize << 20).map(|i| (i / 7 + i / PAGE_SIZE) as u8).collect();
-        let base = (data.as_ptr() as u64).next_multiple_of(PAGE_SIZE as u64);
         let page = PAGE_SIZE as u64;
-        let small: Vec<_> =
-            (0..1500).map(|i| (base + 2 * i * page / 2, base + (2 * i + 1) * page / 2)).collect();
-        let small: Vec<_> = small.iter().map(|(a, _)| (*a, a + page)).step_by(2).collect();
-        let large = [(base, base + (2000 * page)), (base + 100 * page, base + 101 * page)];
+        let base = (data.as_ptr() as u64).next_multiple_of(page);
+        let small: Vec<_> = (0..750).map(|i| (base + 2 * i * page, base + (2 * i + 1) * page)).collect();
+        let large = vec![(base + 1500 * page, base + (2100 * page))];
+        let mem = File::open("/proc/self/mem").unwrap();
+        let id = MemoryId(3);
         for prepared in [0, 64 << 20] {
-            let mut staging = Staging::default();
-            if prepared > 0 {
-                staging.prepare(prepared);
+            let mut staging = Staging::new(1 << 30);
+            staging.prepare(prepared);
+            let origin = |readable| Origin { pid: std::process::id() as i32, mem: &mem, readable };
+            staging.copy(&[(id, origin(true), large.clone())]).unwrap();
+            let mark = staging.mark();
+            staging.copy(&[(id, origin(true), vec![(base + page, base + 9 * page)])]).unwrap();
+            staging.back_to(mark);
+            staging.copy(&[(id, origin(true), small.clone()), (id, origin(false), large.clone())]).unwrap();
+            assert_eq!(staging.bytes(), (750 + 2 * 600) * page);
+            let all = written(&mut staging, id);
+            assert_eq!(all.len(), 750 + 600);
+            for (number, content) in all {
+                let at = (number * page - data.as_ptr() as u64) as usize;
+                assert!(content == data[at..at + PAGE_SIZE], "page {number:x}");
             }
-            for _ in 0..2 {
-                staging.clear();
-                let id = staging.new_object();
-                let pid = std::process::id() as i32;
-                staging.copy_pages(pid, id, &small, true).unwrap();
-                staging.copy_pages(pid, id, &large, false).unwrap();
-                staging.copy_pages(pid, id, &large, true).unwrap();
-                staging.collect().unwrap();
-                let mut found = 0;
-                for run in &staging.objects[&id] {
-                    let at = (run.first_page * page - data.as_ptr() as u64) as usize;
-                    let copy = &staging.arenas[run.arena].0.bytes()[run.start..run.start + run.len];
-                    assert!(copy == &data[at..at + run.len]);
-                    found += run.len as u64;
-                }
-                assert_eq!(found, staging.bytes());
-                assert_eq!(found, (750 + 2 * 2001) * page);
-            }
+        }
+    }
+
+    /// A hole in the middle of what is wanted.
+    #[test]
+    fn what_is_gone_is_left_out() {
+        let mut arena = Arena::new(8 * PAGE_SIZE).unwrap();
+        arena.bytes_mut().fill(5);
+        let start = arena.bytes().as_ptr() as u64;
+        let page = PAGE_SIZE as u64;
+        let mem = File::open("/proc/self/mem").unwrap();
+        // The last page of the range of addresses is never mapped.
+        let wanted = |readable| {
+            let origin = Origin { pid: std::process::id() as i32, mem: &mem, readable };
+            [(MemoryId(0), origin, vec![(start, start + 8 * page), (0x1000, 0x3000)])]
+        };
+        for readable in [true, false] {
+            let mut staging = Staging::new(1 << 20);
+            assert!(staging.copy(&wanted(readable)).is_err());
+            let mut staging = Staging::new(1 << 20);
+            let failed = staging.copy_some(&wanted(readable)).unwrap();
+            assert_eq!(failed, [(MemoryId(0), 1), (MemoryId(0), 2)]);
+            let all = written(&mut staging, MemoryId(0));
+            assert_eq!(all.len(), 8);
+            assert!(all.values().flatten().all(|byte| *byte == 5));
         }
     }
 }

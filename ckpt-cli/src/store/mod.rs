@@ -17,11 +17,17 @@
 //! invisible until a manifest names them. Whatever a dump leaves behind that was never committed is
 //! removed by the next dump (of any job) that finds the lock of the dead one free.
 
+mod chunker;
+mod compressor;
 mod dump;
 mod error;
 mod files;
+mod known;
+mod live;
+mod pack_file;
 mod pack_reader;
 mod pack_writer;
+mod page_table;
 mod part_reader;
 mod part_writer;
 mod refs;

@@ -26,6 +26,12 @@ struct Inner {
     packs: Mutex<BTreeMap<u32, Arc<PackReader>>>,
 }
 
+impl std::fmt::Debug for PartReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("PartReader").field(&self.0.path).finish()
+    }
+}
+
 impl Store {
     /// Opens a part and checks it, all but the content of its packs.
     pub fn open_part(&self, part: &PartRef) -> Result<PartReader> {
@@ -43,6 +49,11 @@ impl Store {
 }
 
 impl PartReader {
+    /// The store it is in.
+    pub(super) fn store(&self) -> &Store {
+        &self.0.store
+    }
+
     /// All records in order.
     pub fn records(&self) -> Result<Vec<RawRecord<'_>>> {
         self.0.layout.records(&self.0.bytes).map_err(StoreError::damaged(&self.0.path))

@@ -1,16 +1,17 @@
 //! Writing one node's part of a checkpoint.
 
 use super::{
-    DumpId, Result, Store, StoreError,
+    DumpId, PartReader, Result, Store, StoreError,
+    chunker::Chunker,
     dump::Workspace,
     files,
-    pack_writer::{FinishedPack, PackWriter},
+    pack_file::FinishedPack,
+    page_table::{PageTable, Place},
 };
 use ckpt_common::image::{
     FormatError, Kind, MemoryId, PAGE_SIZE,
     manifest::{PackRef, PartRef},
-    pack::CHUNK_SIZE,
-    pages::{PageMapBuilder, Source},
+    pages::PageRun,
     part::{MAX_SIZE, PartBuilder},
     record::{self, RawRecord},
 };
@@ -46,6 +47,8 @@ pub struct PartOptions {
     /// The dump that the part belongs to. Without one the caller alone answers for the finished
     /// part: nothing will ever sweep it.
     pub dump: Option<DumpId>,
+    /// An older part of the same processes: chunks that it has are not written again.
+    pub base: Option<PartReader>,
     /// Lets another thread follow the writer, and stop it.
     pub watch: Arc<Watch>,
 }
@@ -76,9 +79,10 @@ impl Watch {
     }
 }
 
-static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-
-/// Writes one part: records in any order, and page content, memory object by memory object.
+/// Writes one part: records and pages of memory objects, all in any order.
+///
+/// What is said of a page later replaces what was said of it earlier; only [`PartWriter::inherit`]
+/// gives way to everything else, whatever the order.
 ///
 /// [`PartWriter::finish`] makes it durable; dropped before, it leaves nothing behind.
 pub struct PartWriter {
@@ -88,15 +92,11 @@ pub struct PartWriter {
     directory: PathBuf,
     token: String,
     part: PartBuilder,
-    /// The memory object that pages belong to now.
-    memory: Option<(MemoryId, PageMapBuilder)>,
-    packs: Option<PackWriter>,
-    compress: Compress,
+    pages: PageTable,
+    chunks: Option<Chunker>,
+    base: Option<PartReader>,
     watch: Arc<Watch>,
-    chunk: Vec<u8>,
     records: u64,
-    data_pages: u64,
-    zero_pages: u64,
     finished: bool,
 }
 
@@ -114,20 +114,18 @@ impl Store {
                 (Some(own), directory)
             }
         };
+        let token = files::token()?;
         Ok(PartWriter {
             store: self.clone(),
             own,
+            chunks: Some(Chunker::new(directory.join(&token), options.compress, options.base.clone())),
             directory,
-            token: files::token()?,
+            token,
             part: PartBuilder::default(),
-            memory: None,
-            packs: None,
-            compress: options.compress,
+            pages: PageTable::default(),
+            base: options.base,
             watch: options.watch,
-            chunk: Vec::new(),
             records: 0,
-            data_pages: 0,
-            zero_pages: 0,
             finished: false,
         })
     }
@@ -148,92 +146,73 @@ impl PartWriter {
         Ok(())
     }
 
-    /// Begins a memory object; the pages that follow are its own. An object without pages is
-    /// stored too: as empty.
+    /// Declares a memory object. One without pages is stored too: as empty.
     ///
     /// # Errors
     /// [`StoreError::Refused`] if the object was there before.
     pub fn memory(&mut self, id: MemoryId) -> Result<()> {
-        self.end_memory();
-        if self.part.maps.contains_key(&id) {
-            let why = format!("memory object {} is written twice", id.0);
-            return Err(FormatError::TooLarge { what: "part", why }.into());
-        }
-        self.memory = Some((id, PageMapBuilder::default()));
-        Ok(())
+        Ok(self.pages.declare(id)?)
     }
 
-    fn end_memory(&mut self) {
-        self.part.maps.extend(self.memory.take());
-    }
-
-    fn map(&mut self) -> Result<&mut PageMapBuilder> {
-        let none = || FormatError::TooLarge { what: "page map", why: "pages before any object".into() };
-        Ok(self.memory.as_mut().map(|(_, map)| map).ok_or_else(none)?)
-    }
-
-    /// Appends pages that are present, from page number `first` on. `data` is a multiple of
-    /// [`PAGE_SIZE`] long; page numbers ascend within a memory object. Pages full of zeros are
-    /// found and noted without being stored.
-    pub fn pages(&mut self, first: u64, data: &[u8]) -> Result<()> {
+    /// Takes pages that are present, from page number `first` on. `data` is a multiple of
+    /// [`PAGE_SIZE`] long. Pages full of zeros are found and noted without being stored.
+    pub fn pages(&mut self, id: MemoryId, first: u64, data: &[u8]) -> Result<()> {
         if !data.len().is_multiple_of(PAGE_SIZE) {
             let why = format!("{} bytes are not whole pages", data.len());
             return Err(FormatError::TooLarge { what: "page map", why }.into());
         }
         self.watch.check()?;
-        for (page, content) in (first..).zip(data.chunks_exact(PAGE_SIZE)) {
-            let source = if content == ZERO_PAGE {
-                self.zero_pages += 1;
-                Source::Zero
-            } else {
-                self.data_pages += 1;
-                self.store_page(content)?
-            };
-            self.map()?.push(page, 1, source)?;
-        }
+        self.pages.check(id, first, (data.len() / PAGE_SIZE) as u64)?;
+        self.chunks.as_mut().ok_or(StoreError::Cancelled)?.pages(&mut self.pages, id, first, data)?;
         self.watch.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
     /// Notes `count` pages full of zeros from page number `first` on, without looking at them.
-    pub fn zero_pages(&mut self, first: u64, count: u32) -> Result<()> {
-        self.map()?.push(first, count, Source::Zero)?;
-        self.zero_pages += u64::from(count);
-        Ok(())
+    pub fn zero_pages(&mut self, id: MemoryId, first: u64, count: u32) -> Result<()> {
+        self.note(id, first, count, Place::Zero)
     }
 
-    fn store_page(&mut self, content: &[u8]) -> Result<Source> {
-        let packs = match &mut self.packs {
-            Some(packs) => packs,
-            None => {
-                let prefix = self.directory.join(&self.token);
-                self.packs.insert(PackWriter::start(prefix, self.compress))
-            }
-        };
-        if self.chunk.capacity() == 0 {
-            self.chunk = packs.buffer()?;
-        }
-        let (pack, chunk) = packs.next_place();
-        let page = (self.chunk.len() / PAGE_SIZE) as u16;
-        self.chunk.extend_from_slice(content);
-        if self.chunk.len() == CHUNK_SIZE {
-            packs.put(std::mem::take(&mut self.chunk))?;
-        }
-        Ok(Source::Chunk { pack, chunk, page })
+    /// Takes back whatever was said of `count` pages from `first` on: they do not exist any more.
+    pub fn absent(&mut self, id: MemoryId, first: u64, count: u32) -> Result<()> {
+        self.note(id, first, count, Place::Absent)
+    }
+
+    /// Notes that `count` pages from `first` on have the content of those pages of object `of`
+    /// from `of_first` on, whatever that is when the part is finished.
+    /// [`PartWriter::finish`] fails if the source has no such page.
+    pub fn share(&mut self, id: MemoryId, first: u64, count: u32, of: MemoryId, of_first: u64) -> Result<()> {
+        self.note(id, first, count, Place::Same { of, page: of_first })
+    }
+
+    fn note(&mut self, id: MemoryId, first: u64, count: u32, place: Place) -> Result<()> {
+        self.pages.check(id, first, count.into())?;
+        self.chunks.as_mut().ok_or(StoreError::Cancelled)?.note(&mut self.pages, id, first, count, place)
+    }
+
+    /// Notes pages whose content has not changed since an older part: they are where that has them.
+    /// `runs` are of a page map of `base`, cut as needed (see `pages::slice`), in any order.
+    pub fn inherit(&mut self, id: MemoryId, base: &PartReader, runs: &[PageRun]) -> Result<()> {
+        self.watch.check()?;
+        Ok(self.pages.inherit(id, base.packs(), runs)?)
     }
 
     /// Makes the part durable. It stays invisible until a manifest names it.
     pub fn finish(mut self) -> Result<PartRef> {
         self.watch.check()?;
-        self.end_memory();
-        let mut packs = Vec::new();
-        if let Some(mut writer) = self.packs.take() {
-            if !self.chunk.is_empty() {
-                writer.put(std::mem::take(&mut self.chunk))?;
-            }
-            packs = writer.finish()?;
+        let chunks = self.chunks.take();
+        let finished = chunks.map(|mut chunks| chunks.finish(&mut self.pages)).transpose()?;
+        let (packs, stored) = finished.unwrap_or_default();
+        let own = packs.iter().map(|pack| pack.id).collect();
+        let maps = std::mem::take(&mut self.pages).finish(
+            own,
+            self.base.as_ref().map_or(&[], PartReader::packs),
+            &stored,
+        )?;
+        for pack in &maps.packs[packs.len()..] {
+            files::open(&self.store.pack_path(*pack))?;
         }
-        self.part.packs = packs.iter().map(|pack| pack.id).collect();
+        (self.part.maps, self.part.packs) = (maps.maps, maps.packs);
         let (pieces, id) = self.part.encode(files::nonce()?);
         let bytes = pieces.iter().map(|piece| piece.len() as u64).sum();
         if bytes > MAX_SIZE {
@@ -247,8 +226,10 @@ impl PartWriter {
             bytes,
             packs: packs.iter().map(|pack| PackRef { id: pack.id, bytes: pack.bytes }).collect(),
             records: self.records,
-            data_pages: self.data_pages,
-            zero_pages: self.zero_pages,
+            data_pages: maps.data,
+            zero_pages: maps.zero,
+            inherited_pages: maps.inherited,
+            shared_pages: maps.shared,
         };
         self.publish(&packs, &reference)?;
         self.finished = true;
@@ -287,7 +268,7 @@ impl Drop for PartWriter {
         if self.finished {
             return;
         }
-        drop(self.packs.take());
+        drop(self.chunks.take());
         let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
         for entry in entries.flatten() {
             // The list stays: what it names may have been moved to its place already.

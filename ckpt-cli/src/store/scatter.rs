@@ -108,6 +108,26 @@ impl PartReader {
         first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
+    /// All pages of an object.
+    #[cfg(test)]
+    pub(crate) fn contents(
+        &self,
+        id: ckpt_common::image::MemoryId,
+    ) -> Result<std::collections::BTreeMap<u64, Vec<u8>>> {
+        let map = self.page_map(id)?;
+        let zero = map.iter().filter(|run| run.source() == Source::Zero);
+        let all = zero.flat_map(|run| run.page.get()..run.end()).map(|page| (page, vec![0; PAGE_SIZE]));
+        let all = Mutex::new(all.collect::<std::collections::BTreeMap<_, _>>());
+        self.scatter(&[map], |pieces| {
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            for piece in pieces {
+                all.extend((piece.page..).zip(piece.data.chunks(PAGE_SIZE).map(<[u8]>::to_vec)));
+            }
+            Ok::<_, StoreError>(())
+        })?;
+        Ok(all.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Cuts the work into pieces, and checks that every place lies inside its chunk.
     fn batches(&self, places: &[Place]) -> Result<Vec<Batch>> {
         let mut batches: Vec<Batch> = Vec::new();
@@ -218,7 +238,7 @@ mod tests {
         let mut part = store.part_writer(PartOptions::default()).unwrap();
         part.memory(MemoryId(1)).unwrap();
         for page in 0..PAGES {
-            part.pages(page, &content(page + 1)).unwrap();
+            part.pages(MemoryId(1), page, &content(page + 1)).unwrap();
         }
         let part = part.finish().unwrap();
         store.open_part(&part).unwrap()

@@ -16,7 +16,9 @@ pub mod ptrace;
 pub mod socket;
 pub mod task;
 pub mod unix_socket;
+pub mod userfaultfd;
 pub mod vm_write;
+pub mod write_behind;
 
 use std::io;
 

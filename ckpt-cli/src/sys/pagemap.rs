@@ -6,6 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Page categories (`PAGE_IS_*` of linux/fs.h).
 pub mod category {
+    /// In a range that is registered for asynchronous write protection.
+    pub const WPALLOWED: u64 = 1;
+    /// Not write-protected by a userfaultfd: written since it was, or never protected.
+    pub const WRITTEN: u64 = 1 << 1;
     /// File-backed or shared memory, as opposed to private anonymous.
     pub const FILE: u64 = 1 << 2;
     /// In memory.
@@ -42,6 +46,18 @@ pub struct Query {
     pub report: u64,
 }
 
+impl Query {
+    /// Only pages that are in these categories, too.
+    pub const fn and(self, categories: u64) -> Self {
+        Self { all: self.all | categories, ..self }
+    }
+
+    /// Only pages that are in none of these categories.
+    pub const fn but_not(self, categories: u64) -> Self {
+        Self { all: self.all | categories, inverted: self.inverted | categories, ..self }
+    }
+}
+
 #[repr(C)]
 struct ScanArg {
     size: u64,
@@ -62,20 +78,48 @@ struct ScanArg {
 const PAGEMAP_SCAN: libc::c_ulong =
     (3 << 30) | ((size_of::<ScanArg>() as libc::c_ulong) << 16) | (0x66 << 8) | 16;
 
+/// `PM_SCAN_WP_MATCHING`
+const PROTECT: u64 = 1;
+/// Regions that one request may give.
+const REGIONS: usize = 4096;
+
 /// Calls `found` for each matching region of `[start, end)`, in address order.
 pub fn scan(
     pagemap: BorrowedFd<'_>,
     start: u64,
     end: u64,
     query: Query,
+    found: impl FnMut(Region),
+) -> io::Result<()> {
+    walk(pagemap, start, end, query, 0, found)
+}
+
+/// The same, and each written page that matches is protected again in the same step. Ranges that are not
+/// registered for asynchronous write protection are passed over.
+pub fn scan_and_protect(
+    pagemap: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    query: Query,
+    found: impl FnMut(Region),
+) -> io::Result<()> {
+    walk(pagemap, start, end, query, PROTECT, found)
+}
+
+fn walk(
+    pagemap: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    query: Query,
+    flags: u64,
     mut found: impl FnMut(Region),
 ) -> io::Result<()> {
-    let mut regions = [Region::default(); 512];
+    let mut regions = vec![Region::default(); REGIONS];
     let mut at = start;
     while at < end {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: 0,
+            flags,
             start: at,
             end,
             walk_end: 0,
@@ -96,4 +140,35 @@ pub fn scan(
         at = arg.walk_end;
     }
     Ok(())
+}
+
+/// One entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entry(u64);
+
+impl Entry {
+    /// Number of the page frame where the page is in memory; 0 without CAP_SYS_ADMIN.
+    pub fn frame(self) -> Option<u64> {
+        (self.0 >> 63 == 1).then_some(self.0 & ((1 << 55) - 1))
+    }
+
+    /// Mapped nowhere else.
+    pub fn exclusive(self) -> bool {
+        self.0 >> 56 & 1 == 1
+    }
+
+    /// What a userfaultfd leaves behind where a protected page was dropped from a private file mapping: shown as
+    /// swapped out, to the last of the 32 swap areas (`SWP_PTE_MARKER`, linux/swap.h).
+    pub fn is_marker(self) -> bool {
+        self.0 >> 62 == 1 && self.0 & 31 == 31
+    }
+}
+
+/// Entries of neighbouring pages from page number `first` on.
+pub fn entries(pagemap: &std::fs::File, first: u64, count: usize) -> io::Result<Vec<Entry>> {
+    use std::os::unix::fs::FileExt;
+    let mut bytes = vec![0; count * 8];
+    pagemap.read_exact_at(&mut bytes, first * 8)?;
+    let words = bytes.chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().unwrap_or_default()));
+    Ok(words.map(Entry).collect())
 }

@@ -28,3 +28,9 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, 0usize, 0) })
         .map(drop)
 }
+
+/// Makes a descriptor ours that another process has sent (`SCM_RIGHTS`).
+pub fn adopt(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made it for us, and nobody else knows of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

@@ -54,12 +54,14 @@ pub struct Batch {
     calls: Vec<[u64; 8]>,
     names: Vec<String>,
     data: Vec<u8>,
+    /// Which calls are pauses.
+    pauses: Vec<usize>,
 }
 
 impl Batch {
     /// An empty batch for this arena.
     pub fn new(arena: Arena) -> Self {
-        Self { arena, calls: Vec::new(), names: Vec::new(), data: Vec::new() }
+        Self { arena, calls: Vec::new(), names: Vec::new(), data: Vec::new(), pauses: Vec::new() }
     }
 
     /// Places bytes and gives their address in the target. Also a buffer for results.
@@ -85,6 +87,17 @@ impl Batch {
         self.calls.push(entry);
         self.names.push(name.into());
         Call(self.calls.len() - 1)
+    }
+
+    /// Adds a pause: the thread stops there, and what was given to [`super::Stopped::run_with_pauses`] is called.
+    pub fn pause(&mut self) {
+        let call = self.call("a pause", libc::SYS_tgkill, &[]);
+        self.pauses.push(call.0);
+    }
+
+    /// Number of pauses.
+    pub(super) fn pauses(&self) -> usize {
+        self.pauses.len()
     }
 
     /// Number of calls.
@@ -116,9 +129,11 @@ impl Batch {
         }
         let table = self.bytes(&[]);
         let at = self.data.len();
-        for entry in
-            self.calls.iter().chain([&[libc::SYS_tgkill as u64, bell[0], bell[1], bell[2], 0, 0, 0, 0]])
-        {
+        let bell = [libc::SYS_tgkill as u64, bell[0], bell[1], bell[2], 0, 0, 0, 0];
+        for pause in &self.pauses {
+            self.calls[*pause] = bell;
+        }
+        for entry in self.calls.iter().chain([&bell]) {
             entry.iter().for_each(|word| self.data.extend_from_slice(&word.to_ne_bytes()));
         }
         memory::write(pid, self.arena.base + DATA_OFFSET, &self.data)

@@ -1,8 +1,10 @@
 //! Stopping a whole tree of processes, and letting it go.
 
+use super::healing::Finder;
 use super::proc::{self, Maps};
-use super::{Result, Stopped, TraceeError};
+use super::{Arena, Result, Stopped, TraceeError};
 use crate::sys::ptrace::{self, Wait};
+use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -254,6 +256,33 @@ impl Freezer {
 
 fn tgid(tid: i32) -> Option<i32> {
     procfs::process::Process::new(tid).and_then(|p| p.status()).ok().map(|s| s.tgid)
+}
+
+impl FrozenProcess {
+    /// Maps memory of ours in the process for the time of `act`: the arena of its batches.
+    ///
+    /// # Errors
+    /// Nothing can be asked from inside the process; what `act` says. The arena is gone in any case.
+    pub fn with_arena<T>(
+        &mut self,
+        finder: &mut Finder,
+        maps: &Maps,
+        act: impl FnOnce(&mut Vec<Stopped>, Arena) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let pieces = finder.find(self.pid, maps).ok_or(TraceeError::Unfit {
+            pid: self.pid,
+            reason: "it has no vdso with a system call instruction, so nothing can be asked from inside it",
+        })?;
+        let heals = scratch(self, maps, Stopped::healing_size());
+        let leader = self.threads.first_mut().context("it has no thread left")?;
+        let arena = leader.map_arena(&pieces, heals, Arena::SMALL)?;
+        let inside = act(&mut self.threads, arena);
+        // A failure is looked at behind the removal.
+        if let Some(leader) = self.threads.first_mut() {
+            leader.unmap_arena(&pieces, heals, arena)?;
+        }
+        inside
+    }
 }
 
 /// An address in the program's stack at which `size` bytes are certainly unused, for the frames that heal injected

@@ -196,7 +196,18 @@ impl Stopped {
     }
 
     /// Runs a batch. With `heal`, the thread restores itself should we be killed meanwhile: for running programs.
-    pub fn run(&mut self, mut batch: Batch, heal: bool) -> Result<Done> {
+    pub fn run(&mut self, batch: Batch, heal: bool) -> Result<Done> {
+        self.run_with_pauses(batch, heal, |_| {})
+    }
+
+    /// The same; `at_pause` is called with the number of each pause while the thread stands there. Where we are
+    /// killed, the thread goes on with the calls behind the pause: those that take back what the others made.
+    pub fn run_with_pauses(
+        &mut self,
+        mut batch: Batch,
+        heal: bool,
+        mut at_pause: impl FnMut(usize),
+    ) -> Result<Done> {
         let arena = batch.arena();
         let bell = [self.ns.0 as u64, self.ns.1 as u64, self.bell as u64];
         let (table, count) = batch.store(self.pid, bell)?;
@@ -212,10 +223,15 @@ impl Stopped {
         (regs.rsp, regs.orig_rax) = (frame_at + FRAME_SP, u64::MAX);
         self.lend(&regs)?;
         let us = self.ns.0;
-        self.resume_until(
-            |s| ptrace::cont(s.tid, 0).map_err(TraceeError::request("resuming", s.tid)),
-            |s, wait| wait == Wait::Signal(s.bell) && is_bell(s.tid, us),
-        )?;
+        for stop in 0..=batch.pauses() {
+            self.resume_until(
+                |s| ptrace::cont(s.tid, 0).map_err(TraceeError::request("resuming", s.tid)),
+                |s, wait| wait == Wait::Signal(s.bell) && is_bell(s.tid, us),
+            )?;
+            if stop < batch.pauses() {
+                at_pause(stop);
+            }
+        }
         batch.load(self.pid, self.tid)
     }
 

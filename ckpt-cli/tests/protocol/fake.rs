@@ -7,18 +7,18 @@ use ckpt_cli::{
         engine::{DumpSession, Engine, Outcome, RestoreSession},
         error::Classified,
     },
-    store::{PartReader, PartWriter},
+    store::{PartReader, PartWriter, Store},
 };
 use ckpt_common::{
     image::{
         MemoryId, PAGE_SIZE,
         file::{FileId, OpenFile},
-        manifest::ProcessSummary,
+        manifest::{PartRef, ProcessSummary},
         tcp::Position,
     },
     wire::{
-        Blocker, Connection, CutReport, DumpOptions, FailureClass, NetworkTask, PlanReport, RestoreOptions,
-        RestoreReport,
+        Blocker, Connection, CutReport, DumpTask, FailureClass, MemoryReport, NetworkTask, PlanReport,
+        RestoreOptions, RestoreReport,
     },
 };
 use std::{
@@ -71,7 +71,7 @@ impl FakeEngine {
 }
 
 impl Engine for FakeEngine {
-    fn plan_dump(&self, _: &[i32], _: &DumpOptions) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+    fn plan_dump(&self, _: &[i32], _: &DumpTask, _: &Store) -> Result<(Box<dyn DumpSession>, PlanReport)> {
         let blocker = Blocker {
             pid: 1,
             process: "fake".into(),
@@ -101,7 +101,11 @@ impl Engine for FakeEngine {
 struct FakeDump(FakeEngine);
 
 impl DumpSession for FakeDump {
-    fn arm(&mut self) -> Result<()> {
+    fn base(&mut self) -> Result<Option<PartReader>> {
+        Ok(None)
+    }
+
+    fn arm(&mut self, _: &mut PartWriter) -> Result<()> {
         Ok(())
     }
 
@@ -131,11 +135,15 @@ impl DumpSession for FakeDump {
         let (owner, payload) = ((0, 0, 0), Vec::new());
         part.record(&OpenFile { id: FileId(1), flags: 0, owner, label, kind, version: 1, payload })?;
         part.memory(MemoryId(0))?;
-        part.pages(7, &[1; PAGE_SIZE])?;
+        part.pages(MemoryId(0), 7, &[1; PAGE_SIZE])?;
         Ok(())
     }
 
-    fn finish(mut self: Box<Self>, outcome: Outcome) -> Result<()> {
+    fn memory(&self) -> MemoryReport {
+        MemoryReport::default()
+    }
+
+    fn finish(mut self: Box<Self>, outcome: Outcome, _: &PartRef) -> Result<()> {
         match outcome {
             Outcome::LeaveRunning => self.thaw(),
             Outcome::Kill => self.0.put("killed", ""),

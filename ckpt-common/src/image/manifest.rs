@@ -70,7 +70,7 @@ pub struct DumpRecord {
 }
 
 /// What one node contributed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NodePart {
     /// Name of the node, as given to `--nodes`.
     pub name: String,
@@ -82,23 +82,65 @@ pub struct NodePart {
     pub addresses: Vec<NodeAddress>,
     /// Its processes, for `ls` and `show`.
     pub processes: Vec<ProcessSummary>,
+    /// The checkpoint since which it has saved only what was modified; none if it saved all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseRef>,
+    /// What took how long on this node, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub times: Vec<PhaseTime>,
+    /// How the memory of its processes was saved.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memory: Vec<ProcessMemory>,
+}
+
+/// The checkpoint that an increment was taken against. It need not exist any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseRef {
+    /// `job@number`.
+    pub name: String,
+    /// Its id.
+    pub id: Digest,
+}
+
+/// How the memory of a process was saved. All in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProcessMemory {
+    /// PID as the process sees it.
+    pub pid: i32,
+    /// Resident at the cut.
+    pub resident_bytes: u64,
+    /// Modified since the base.
+    pub modified_bytes: u64,
+    /// Copied before the cut (modified again later or not).
+    pub presaved_bytes: u64,
+    /// Copied in the cut, while it was frozen.
+    pub cut_bytes: u64,
+    /// Old content saved after the cut, because it was about to be overwritten.
+    pub copied_before_write_bytes: u64,
 }
 
 /// Reference to a durable part.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartRef {
     /// blake3 of its bytes.
     pub id: Digest,
     /// Its size in bytes.
     pub bytes: u64,
-    /// Packs that were written with it.
+    /// Packs that were written with it. It may point into older ones too.
     pub packs: Vec<PackRef>,
     /// Number of its records.
     pub records: u64,
-    /// Pages with content.
+    /// Pages with content, wherever it is stored.
     pub data_pages: u64,
     /// Pages full of zeros.
     pub zero_pages: u64,
+    /// Of the pages with content: those in packs of older parts.
+    #[serde(default)]
+    pub inherited_pages: u64,
+    /// Of the pages with content: those that have it from another page of this part.
+    #[serde(default)]
+    pub shared_pages: u64,
 }
 
 impl PartRef {
@@ -275,6 +317,8 @@ mod tests {
             records: 3,
             data_pages: 4,
             zero_pages: 5,
+            inherited_pages: 1,
+            shared_pages: 2,
         };
         let address = NodeAddress { interface: "eth0".into(), address: "10.0.0.1".parse().unwrap() };
         Manifest {
@@ -286,6 +330,9 @@ mod tests {
                 part,
                 addresses: vec![address],
                 processes: vec![ProcessSummary { pid: 7, name: "redis \"x\"".into(), ..Default::default() }],
+                base: Some(BaseRef { name: "shop@2".into(), id: Digest([7; 32]) }),
+                times: vec![PhaseTime { phase: "cut".into(), us: 9 }],
+                memory: vec![ProcessMemory { pid: 7, cut_bytes: 4096, ..Default::default() }],
             }],
             ..Default::default()
         }
@@ -322,6 +369,20 @@ mod tests {
             }
             assert!(Checkpoint::decode(&text[..position]).is_err(), "cut at {position}");
         }
+    }
+
+    #[test]
+    fn what_was_added_later_may_be_missing() {
+        let mut old = sample();
+        let node = &mut old.nodes[0];
+        (node.base, node.times, node.memory) = Default::default();
+        (node.part.inherited_pages, node.part.shared_pages) = (0, 0);
+        let text = serde_json::to_string(&old).unwrap();
+        let text = text.replace(r#","inherited_pages":0,"shared_pages":0"#, "");
+        for name in ["inherited_pages", "shared_pages", "base", "times", "memory"] {
+            assert!(!text.contains(name), "{name}");
+        }
+        assert_eq!(serde_json::from_str::<Manifest>(&text).unwrap(), old);
     }
 
     #[test]

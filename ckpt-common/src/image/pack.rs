@@ -49,7 +49,7 @@ impl Header {
 }
 
 /// How a chunk is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Encoding {
     /// As it is.
     Plain,
@@ -88,6 +88,11 @@ impl ChunkEntry {
             reserved: [0; 3],
             hash: hash.0,
         }
+    }
+
+    /// The same, stored at `offset`.
+    pub fn at(self, offset: u64) -> Self {
+        Self { offset: offset.into(), ..self }
     }
 
     /// Where its stored bytes begin in the file.

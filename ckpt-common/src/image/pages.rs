@@ -83,6 +83,22 @@ impl PageRun {
     }
 }
 
+/// The runs of a sorted page map that cover pages `from..to`, cut to that range.
+pub fn slice(runs: &[PageRun], from: u64, to: u64) -> impl Iterator<Item = PageRun> + '_ {
+    let first = runs.partition_point(|run| run.end() <= from);
+    let runs = runs[first..].iter().take_while(move |run| run.page.get() < to);
+    runs.filter(move |_| from < to).map(move |run| {
+        let (start, end) = (run.page.get().max(from), run.end().min(to));
+        let source = match run.source() {
+            Source::Zero => Source::Zero,
+            Source::Chunk { pack, chunk, page } => {
+                Source::Chunk { pack, chunk, page: page + (start - run.page.get()) as u16 }
+            }
+        };
+        PageRun::new(start, (end - start) as u32, source)
+    })
+}
+
 /// A page map in the making: runs in ascending order, neighbours joined.
 #[derive(Clone, Debug, Default)]
 pub struct PageMapBuilder {
@@ -203,6 +219,35 @@ mod tests {
         #[test]
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..240)) {
             let _ = parse(&bytes, 3);
+        }
+
+        #[test]
+        fn a_slice_has_the_pages_of_its_range_and_no_others(
+            runs in proptest::collection::vec((0u64..5, 1u32..16, any::<bool>(), 0u32..9), 0..30),
+            from in 0u64..300, to in 0u64..300,
+        ) {
+            let (mut all, mut page) = (Vec::new(), 0);
+            for (gap, count, zero, chunk) in runs {
+                page += gap;
+                let source = if zero { Source::Zero } else { Source::Chunk { pack: 1, chunk, page: 1 } };
+                all.push(PageRun::new(page, count, source));
+                page += u64::from(count);
+            }
+            let pages = |runs: &[PageRun]| -> Vec<(u64, Source)> {
+                let pages = runs.iter().flat_map(|run| (0..run.count.get()).map(|n| {
+                    let source = match run.source() {
+                        Source::Zero => Source::Zero,
+                        Source::Chunk { pack, chunk, page } => Source::Chunk { pack, chunk, page: page + n as u16 },
+                    };
+                    (run.page.get() + u64::from(n), source)
+                }));
+                pages.collect()
+            };
+            let wanted: Vec<_> =
+                pages(&all).into_iter().filter(|(page, _)| (from..to).contains(page)).collect();
+            let slice: Vec<_> = slice(&all, from, to).collect();
+            prop_assert_eq!(pages(&slice), wanted);
+            prop_assert!(parse(slice.as_bytes(), 2).is_ok());
         }
 
         #[test]

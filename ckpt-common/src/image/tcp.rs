@@ -278,6 +278,8 @@ impl TcpSocket {
             settings: SocketSettings {
                 send_buffer: 1 << 16,
                 receive_buffer: 1 << 18,
+                // What is left of it for a minute (TIME_WAIT) must not keep the job's own listener off the port.
+                reuse_address: true,
                 ..SocketSettings::default()
             },
             state: TcpState::Connected(Box::new(mirrored)),

@@ -1,7 +1,7 @@
 //! Messages of a dump.
 
 use crate::image::{
-    manifest::{NodeAddress, ProcessSummary},
+    manifest::{BaseRef, NodeAddress, PartRef, PhaseTime, ProcessMemory, ProcessSummary},
     tcp::Position,
 };
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,8 @@ use std::net::SocketAddr;
 pub struct DumpTask {
     /// Path of the store on the node.
     pub store: String,
+    /// Name of the job in the store.
+    pub job: String,
     /// The dump's identity: its directory in the store, which the agent must see.
     pub dump: String,
     /// Which processes.
@@ -42,6 +44,26 @@ pub struct DumpOptions {
     pub files: FilePolicy,
     /// Kinds of things outside the job that may come back closed or disconnected.
     pub allow: Vec<String>,
+    /// All memory is saved, as if there had been no checkpoint before.
+    pub full: bool,
+    /// How long copying memory may prolong the freeze, in us.
+    pub max_pause: u64,
+    /// What happens to memory that does not fit.
+    pub cow: CopyBeforeWrite,
+}
+
+/// How memory that is not copied in the freeze is kept from being overwritten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum CopyBeforeWrite {
+    /// By what costs the program least, of what the kernel offers.
+    #[default]
+    Auto,
+    /// A BPF program on page faults copies old content.
+    Bpf,
+    /// Write faults wait until old content is copied.
+    Uffd,
+    /// The freeze lasts until everything is copied.
+    Stop,
 }
 
 /// What is kept of files that are open for writing.
@@ -113,4 +135,24 @@ pub struct CutReport {
     pub processes: Vec<ProcessSummary>,
     /// Bytes of memory taken.
     pub bytes: u64,
+}
+
+/// What a node has saved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SaveReport {
+    /// Its part, durable.
+    pub part: PartRef,
+    /// How the memory was saved.
+    pub memory: MemoryReport,
+}
+
+/// How the memory of a node's processes was saved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// The checkpoint since which only what was modified is saved; none if all is.
+    pub base: Option<BaseRef>,
+    /// What took how long on the node.
+    pub times: Vec<PhaseTime>,
+    /// By process.
+    pub processes: Vec<ProcessMemory>,
 }

@@ -43,12 +43,12 @@ mod restore;
 pub use dump::*;
 pub use restore::*;
 
-use crate::image::{FormatError, manifest::PartRef};
+use crate::image::FormatError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, str::FromStr};
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Size of the preamble in bytes.
 pub const PREAMBLE_SIZE: usize = 16;
 /// Size of a frame's header in bytes.
@@ -268,7 +268,7 @@ pub enum Response {
     /// To [`Request::Settle`]: TCP connections with their positions.
     Settled(Vec<Connection>),
     /// To [`Request::Save`].
-    Saved(PartRef),
+    Saved(SaveReport),
     /// To [`Request::PlanRestore`].
     RestorePlanned(RestoreReport),
     /// To [`Request::Release`]: the restored processes' PIDs as this node sees them.

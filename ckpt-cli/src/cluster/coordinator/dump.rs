@@ -11,9 +11,10 @@ use crate::{
     store::{Dump, JobName, Store},
 };
 use ckpt_common::{
-    image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PartRef, PhaseTime},
+    image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PhaseTime},
     wire::{
-        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response, Selector,
+        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response,
+        SaveReport, Selector,
     },
 };
 use crossbeam_channel::RecvTimeoutError;
@@ -147,12 +148,16 @@ impl Run<'_> {
         let paused = frozen.elapsed();
         let parts = self.phase(Phase::Save, || self.save(links, &cuts))?;
         let nodes = links.iter().zip(plans).zip(cuts).zip(parts);
-        let nodes = nodes.map(|(((link, plan), cut), part)| NodePart {
+        let nodes = nodes.map(|(((link, plan), cut), saved)| NodePart {
             name: link.node().to_owned(),
             kernel: link.kernel().to_owned(),
-            part,
+            part: saved.part,
             addresses: plan.addresses,
             processes: cut.processes,
+            base: saved.memory.base,
+            times: saved.memory.times,
+            memory: saved.memory.processes,
+            ..Default::default()
         });
         Ok(Manifest {
             created: created.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
@@ -171,6 +176,7 @@ impl Run<'_> {
     fn plan(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Vec<PlanReport>> {
         let task = DumpTask {
             store: self.request.store.to_string_lossy().into_owned(),
+            job: self.request.job.to_string(),
             dump: dump.id().as_str().to_owned(),
             selector: self.request.selector.clone(),
             options: self.request.options.clone(),
@@ -263,11 +269,11 @@ impl Run<'_> {
         channels::table(&views, &channels::sort(&views).inside).map_err(ClusterError::Changed)
     }
 
-    fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<PartRef>> {
+    fn save(&self, links: &[Link], cuts: &[CutReport]) -> Result<Vec<SaveReport>> {
         let of = cuts.iter().map(|cut| cut.bytes).sum();
         let before: u64 = links.iter().map(Link::progress).sum();
         let take = |response| match response {
-            Response::Saved(part) => Some(part),
+            Response::Saved(report) => Some(report),
             _ => None,
         };
         let observer = self.context.observer;

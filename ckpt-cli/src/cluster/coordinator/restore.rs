@@ -220,8 +220,8 @@ fn home(manifest: &Manifest, node: usize, ip: IpAddr) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ckpt_common::image::Digest;
-    use ckpt_common::image::manifest::{Channel, ChannelEnd, NodeAddress, PartRef};
+
+    use ckpt_common::image::manifest::{Channel, ChannelEnd, NodeAddress};
     use ckpt_common::image::socket::{Address, SocketSettings};
     use ckpt_common::image::tcp::{Receiving, Sending, Stream, TcpSocket, TcpState, Window};
     use ckpt_common::wire::StandIn;
@@ -256,17 +256,8 @@ mod tests {
     fn closed_ends_are_built_where_their_address_was() {
         let node = |ip: &str| NodePart {
             name: ip.to_owned(),
-            kernel: String::new(),
-            part: PartRef {
-                id: Digest([0; 32]),
-                bytes: 0,
-                packs: Vec::new(),
-                records: 0,
-                data_pages: 0,
-                zero_pages: 0,
-            },
             addresses: vec![NodeAddress { interface: "eth0".into(), address: ip.parse().unwrap() }],
-            processes: Vec::new(),
+            ..Default::default()
         };
         let both = [
             finished(address("10.0.0.1", 1), address("10.0.0.2", 2)),

@@ -1,0 +1,438 @@
+//! The memory of a node's processes through the steps of a dump.
+//!
+//! 1. *Early* ([`MemoryDump::save_early`]): the job runs. What was modified is copied, and what was written meanwhile
+//!    again, as long as the list shrinks. Only the looks at the page tables stop the job, each for a few milliseconds.
+//! 2. *Cut* ([`MemoryDump::cut`], [`MemoryDump::copy_in_cut`]): the job is frozen. The current commit lists become the
+//!    previous ones; if they fit the budget they are copied.
+//! 3. *After*: the job runs. What was not copied is, copy before write ([`super::cow`]).
+//! 4. *Save* ([`MemoryDump::save`]): copies go to the store, which compresses and writes them.
+
+use super::cow::{Cow, Way};
+use super::page_set::PageSet;
+use super::space::{Space, Statistics};
+use super::staging::{Mark, Staging};
+use super::tracker::Tracker;
+use crate::store::{PartReader, PartWriter};
+use crate::tracee::freeze::{Frozen, FrozenProcess};
+use crate::tracee::healing::Finder;
+use crate::tracee::proc::{self, Maps};
+use anyhow::{Context as _, Result, ensure};
+use ckpt_common::image::manifest::PhaseTime;
+use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+/// How long one look may stop the job before the cut.
+const LOOK: Duration = Duration::from_millis(4);
+/// Most rounds of copying before the cut.
+const ROUNDS: usize = 8;
+/// A round is worth it if the list shrinks to less than this part of it, in per cent.
+const SHRINKS: u64 = 70;
+/// Bytes per second that are copied in the freeze, until it was measured.
+const RATE: f64 = 1e9;
+/// Memory made ready for the copies in the freeze, beside what they are expected to take.
+const SPARE: u64 = 8 << 20;
+
+/// What the operator wants of the memory part of a dump.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How long copying may prolong the freeze.
+    pub max_pause: Duration,
+    /// What happens to what does not fit.
+    pub way: Way,
+    /// The job stays frozen until its end: then there is all the time in the world.
+    pub stop: bool,
+}
+
+/// What an earlier dump has left of an address space.
+#[derive(Debug)]
+pub struct Kept {
+    /// The process, and when it started.
+    pub pid: i32,
+    /// In ticks since the node's boot.
+    pub started: u64,
+    /// Its object in the base.
+    pub memory: MemoryId,
+    /// Modified pages of which the kernel has forgotten that they are.
+    pub modified: PageSet,
+    /// What tracks it.
+    pub tracker: Tracker,
+}
+
+/// The memory of all processes of a job on this node, in one dump.
+#[derive(Debug)]
+pub struct MemoryDump {
+    options: Options,
+    base: Option<PartReader>,
+    kept: BTreeMap<i32, Kept>,
+    spaces: BTreeMap<i32, Space>,
+    staging: Staging,
+    next: u32,
+    before_cut: Option<(Mark, u32)>,
+    cow: Option<Cow>,
+    finder: Finder,
+    /// Bytes per second.
+    rate: f64,
+    times: Vec<PhaseTime>,
+}
+
+impl MemoryDump {
+    /// Nothing is looked at yet. `kept` is relative to `base`.
+    pub fn new(options: Options, base: Option<PartReader>, kept: Vec<Kept>) -> Self {
+        Self {
+            options,
+            base,
+            kept: kept.into_iter().map(|kept| (kept.pid, kept)).collect(),
+            spaces: BTreeMap::new(),
+            staging: Staging::new(staging_limit()),
+            next: 0,
+            before_cut: None,
+            cow: None,
+            finder: Finder::default(),
+            rate: RATE,
+            times: Vec::new(),
+        }
+    }
+
+    /// What took how long.
+    pub fn times(&self) -> &[PhaseTime] {
+        &self.times
+    }
+
+    fn took(&mut self, name: &str, start: Instant) {
+        let us = start.elapsed().as_micros() as u64;
+        match self.times.last_mut().filter(|last| last.phase == name && name == "list") {
+            // Of all processes together.
+            Some(last) => last.us += us,
+            None => self.times.push(PhaseTime { phase: name.to_owned(), us }),
+        }
+    }
+
+    /// Does it build on an older checkpoint?
+    pub fn is_incremental(&self) -> bool {
+        self.base.is_some() && self.spaces.values().any(|space| space.base.is_some())
+    }
+
+    /// Bytes that can be copied in the freeze.
+    fn budget(&self) -> u64 {
+        (self.rate * self.options.max_pause.as_secs_f64()) as u64
+    }
+
+    fn new_object(&mut self) -> MemoryId {
+        self.next += 1;
+        MemoryId(self.next - 1)
+    }
+
+    /// The space of a process, made when it is seen for the first time.
+    fn space(&mut self, pid: i32) -> Result<&mut Space> {
+        if !self.spaces.contains_key(&pid) {
+            let mut space = Space::new(pid, self.new_object())?;
+            if let Some(kept) = self.kept.remove(&pid).filter(|kept| kept.started == space.started) {
+                space.take_up(kept.tracker, kept.memory, kept.modified);
+            }
+            self.spaces.insert(pid, space);
+        }
+        self.spaces.get_mut(&pid).context("it was just made")
+    }
+
+    /// Copies what was modified while the job runs, until little is left or no headway is made.
+    pub fn save_early(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
+        let mut before = u64::MAX;
+        for _ in 0..ROUNDS {
+            self.look(pids)?;
+            let tracked = self.spaces.values().filter(|space| space.is_tracked());
+            let now: u64 = tracked.map(|space| space.lists.current().bytes()).sum();
+            let shrinks = now < before / 100 * SHRINKS;
+            if now <= self.budget() / 2 || (!shrinks && self.can_copy_before_write()) {
+                break;
+            }
+            self.copy_current(part)?;
+            if !shrinks {
+                break;
+            }
+            before = now;
+        }
+        let expected = match self.options.stop {
+            // It is copied piece by piece, when there is time.
+            true => 0,
+            false => self.expected(),
+        };
+        self.staging.prepare(expected + SPARE);
+        Ok(())
+    }
+
+    fn can_copy_before_write(&self) -> bool {
+        !self.options.stop && self.options.way.can_copy_before_write()
+    }
+
+    /// Bytes that the freeze will have to copy.
+    fn expected(&self) -> u64 {
+        let (tracked, untracked): (Vec<&Space>, Vec<&Space>) =
+            self.spaces.values().partition(|space| space.is_tracked());
+        let listed = tracked.iter().map(|space| space.lists.current().bytes()).sum::<u64>() * 2;
+        let most = if self.can_copy_before_write() { self.budget() } else { u64::MAX };
+        listed.min(most) + untracked.iter().map(|space| proc::private_bytes(space.pid)).sum::<u64>()
+    }
+
+    /// Looks at all processes, in as many short freezes as it takes.
+    fn look(&mut self, pids: &[i32]) -> Result<()> {
+        loop {
+            for space in self.spaces.values_mut() {
+                if let Err(error) = space.register() {
+                    tracing::debug!(pid = space.pid, "it has ended: {error:#}");
+                }
+            }
+            let start = Instant::now();
+            let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
+            let looked = self.look_at(&mut frozen, Instant::now() + LOOK);
+            frozen.thaw().context("letting the job run on")?;
+            self.took("look", start);
+            if looked? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn look_at(&mut self, frozen: &mut Frozen, deadline: Instant) -> Result<bool> {
+        let mut finder = std::mem::take(&mut self.finder);
+        let mut complete = true;
+        for process in frozen.processes.values_mut().filter(|process| !process.threads.is_empty()) {
+            let space = self.space(process.pid)?;
+            complete &= space.look(process, &mut finder, deadline)?;
+        }
+        self.finder = finder;
+        Ok(complete)
+    }
+
+    /// Copies the current lists of the running job, by as much at a time as there is room for.
+    fn copy_current(&mut self, part: &mut PartWriter) -> Result<()> {
+        let start = Instant::now();
+        let mut bytes = 0;
+        for space in self.spaces.values_mut().filter(|space| space.is_tracked()) {
+            let list = space.lists.current().clone();
+            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
+                if self.staging.room() < piece.bytes() {
+                    self.staging.save(part)?;
+                }
+                let wanted = space.origins(&piece);
+                let failed = self.staging.copy_some(&wanted)?;
+                let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
+                let copied: PageSet = wanted
+                    .iter()
+                    .flat_map(|(_, _, ranges)| ranges)
+                    .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
+                    .collect();
+                let copied = copied.difference(&failed);
+                space.statistics.presaved += copied.bytes();
+                bytes += copied.bytes();
+                space.lists.save_early(&copied);
+            }
+        }
+        self.took("copy ahead", start);
+        if bytes > SPARE {
+            self.rate = bytes as f64 / start.elapsed().as_secs_f64();
+        }
+        Ok(())
+    }
+
+    /// The cut begins. What was begun before and did not come about is undone.
+    pub fn begin_cut(&mut self) {
+        match self.before_cut {
+            None => self.before_cut = Some((self.staging.mark(), self.next)),
+            Some((mark, next)) => {
+                self.cow = None;
+                self.staging.back_to(mark);
+                self.next = next;
+                self.spaces.retain(|_, space| space.id.0 < next);
+                self.spaces.values_mut().for_each(Space::uncut);
+            }
+        }
+    }
+
+    /// The cut of one process.
+    pub fn cut(&mut self, process: &mut FrozenProcess, maps: &Maps) -> Result<MemoryId> {
+        let start = Instant::now();
+        let mut finder = std::mem::take(&mut self.finder);
+        let space = self.space(process.pid)?;
+        space.cut(process, &mut finder, maps)?;
+        let id = space.id;
+        self.finder = finder;
+        self.took("list", start);
+        Ok(id)
+    }
+
+    /// Copies a file, or shared memory, whole.
+    pub fn copy_file(&mut self, file: &File) -> Result<MemoryId> {
+        let id = self.new_object();
+        self.staging.copy_file(id, file)?;
+        Ok(id)
+    }
+
+    /// When all processes are cut: copies what must be copied now, and guards the rest.
+    pub fn copy_in_cut(&mut self) -> Result<()> {
+        // The others were seen earlier, and have ended.
+        self.spaces.retain(|_, space| !space.own.is_empty());
+        for space in self.spaces.values_mut() {
+            // Written once, and dropped since.
+            let gone = space.lists.previous().difference(&space.own);
+            space.lists.save(&gone);
+        }
+        if self.options.stop {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let listed = |space: &Space| space.lists.previous().bytes();
+        let tracked: u64 = self.spaces.values().filter(|space| space.is_tracked()).map(listed).sum();
+        let guarded = tracked > self.budget() && self.can_copy_before_write();
+        if guarded {
+            let guardable: Vec<&Space> = self.spaces.values().filter(|space| space.is_tracked()).collect();
+            self.cow = Cow::begin(self.options.way, &guardable).context("guarding what is not copied yet")?;
+        }
+        let mut now = Vec::new();
+        for space in self.spaces.values() {
+            let later = self.cow.as_ref().map(|cow| cow.guarded(space.pid)).unwrap_or_default();
+            now.push((space.pid, space.lists.previous().difference(&later)));
+        }
+        let wanted: Vec<_> = now.iter().flat_map(|(pid, pages)| self.spaces[pid].origins(pages)).collect();
+        self.staging.copy(&wanted)?;
+        for (pid, pages) in &now {
+            if let Some(space) = self.spaces.get_mut(pid) {
+                space.statistics.cut += pages.bytes();
+                space.lists.save(pages);
+            }
+        }
+        self.took("copy", start);
+        Ok(())
+    }
+
+    /// Bytes that the checkpoint will have to store.
+    pub fn bytes(&self) -> u64 {
+        self.staging.bytes() + self.spaces.values().map(|space| space.lists.previous().bytes()).sum::<u64>()
+    }
+
+    /// Hands everything to the store: what is not copied yet, the copies, and where the rest is in the base.
+    ///
+    /// # Errors
+    /// [`cow::Lost`]: old content was overwritten by something that nobody could guard against.
+    pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        if let Some(cow) = self.cow.take() {
+            cow.save(&mut self.spaces, &mut self.staging, part)?;
+        }
+        self.copy_frozen(part)?;
+        self.staging.save(part)?;
+        for space in self.spaces.values_mut() {
+            ensure!(space.lists.previous().is_empty(), "pages of process {} were not saved", space.pid);
+            self.staging.declare(space.id, part)?;
+            // Copied early, and dropped before the cut.
+            for range in space.lists.modified().difference(&space.own).ranges() {
+                part.absent(space.id, range.start, (range.end - range.start) as u32)?;
+            }
+            let unchanged = space.own.difference(&space.lists.modified());
+            if unchanged.is_empty() {
+                continue;
+            }
+            let (base, memory) =
+                self.base.as_ref().zip(space.base).context("pages count as unchanged, but since when?")?;
+            let map = base.page_map(memory)?;
+            let mut found = 0;
+            for range in unchanged.ranges() {
+                let runs: Vec<_> = pages::slice(map, range.start, range.end).collect();
+                found += runs.iter().map(|run| u64::from(run.count.get())).sum::<u64>();
+                part.inherit(space.id, base, &runs)?;
+            }
+            ensure!(
+                found == unchanged.pages(),
+                "{} pages of process {} are not in the checkpoint that this one builds on",
+                unchanged.pages() - found,
+                space.pid
+            );
+        }
+        Ok(())
+    }
+
+    /// What a job that stays frozen has left for now.
+    fn copy_frozen(&mut self, part: &mut PartWriter) -> Result<()> {
+        for space in self.spaces.values_mut() {
+            let list = space.lists.previous().clone();
+            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
+                if self.staging.room() < piece.bytes() {
+                    self.staging.save(part)?;
+                }
+                self.staging.copy(&space.origins(&piece))?;
+                space.statistics.cut += piece.bytes();
+                space.lists.save(&piece);
+            }
+        }
+        Ok(())
+    }
+
+    /// What was done, by process.
+    pub fn statistics(&self) -> impl Iterator<Item = (i32, Statistics)> + '_ {
+        self.spaces.values().map(|space| (space.pid, space.statistics))
+    }
+
+    /// The end of the dump, with what is to be kept for the next one. If the checkpoint was not committed, everything
+    /// that was modified is on the lists again, relative to the old base.
+    pub fn end(self, committed: bool) -> Vec<Kept> {
+        let mut all: Vec<Kept> = if committed { Vec::new() } else { self.kept.into_values().collect() };
+        for mut space in self.spaces.into_values() {
+            match committed {
+                true => space.lists.commit(),
+                false => space.lists.abort(),
+            }
+            let memory = if committed { Some(space.id) } else { space.base };
+            let (pid, started, modified) = (space.pid, space.started, space.lists.modified());
+            if let (Some(memory), Some(tracker)) = (memory, space.into_tracker()) {
+                all.push(Kept { pid, started, memory, modified, tracker });
+            }
+        }
+        all
+    }
+}
+
+/// Cuts a set into pieces of at most so many bytes.
+fn pieces(set: &PageSet, most: u64) -> Vec<PageSet> {
+    let most = (most / PAGE_SIZE as u64).max(1);
+    let mut pieces = vec![PageSet::default()];
+    let mut room = most;
+    for range in set.ranges() {
+        let mut at = range.start;
+        while at < range.end {
+            if room == 0 {
+                pieces.push(PageSet::default());
+                room = most;
+            }
+            let n = room.min(range.end - at);
+            if let Some(last) = pieces.last_mut() {
+                last.push(at..at + n);
+            }
+            (at, room) = (at + n, room - n);
+        }
+    }
+    pieces.retain(|piece| !piece.is_empty());
+    pieces
+}
+
+/// Bound for copies while the job runs: a quarter of the memory that is free.
+fn staging_limit() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    let free: u64 = free.and_then(|free| free.parse().ok()).unwrap_or(1 << 20);
+    (free << 10) / 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_whole() {
+        let set: PageSet = [0..5, 10..11, 20..40].into_iter().collect();
+        let cut = pieces(&set, 4 * PAGE_SIZE as u64);
+        assert!(cut.iter().all(|piece| piece.pages() <= 4));
+        assert_eq!(cut.len(), 7);
+        assert_eq!(cut.iter().fold(PageSet::default(), |all, piece| all.union(piece)), set);
+        assert!(pieces(&PageSet::default(), 9).is_empty());
+    }
+}

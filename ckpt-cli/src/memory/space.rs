@@ -1,0 +1,232 @@
+//! One address space in a dump.
+
+use super::attach;
+use super::lists::CommitLists;
+use super::page_set::PageSet;
+use super::staging::Origin;
+use super::tracker::{self, Scan, Tracker};
+use crate::tracee::freeze::FrozenProcess;
+use crate::tracee::healing::Finder;
+use crate::tracee::proc::{Map, Maps};
+use anyhow::{Context as _, Result};
+use ckpt_common::image::{MemoryId, PAGE_SIZE};
+use std::fs::File;
+use std::ops::Range;
+use std::time::Instant;
+
+/// Most bytes of mappings that are looked at before the clock is.
+const WINDOW: u64 = 64 << 20;
+
+/// What was done with the memory of a process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Of its own at the cut.
+    pub own: u64,
+    /// Of these: not as in the base.
+    pub modified: u64,
+    /// Copied before the cut, pages that were written again later included.
+    pub presaved: u64,
+    /// Copied in the cut.
+    pub cut: u64,
+    /// Old content saved because it was about to be overwritten.
+    pub before_write: u64,
+}
+
+/// The memory of one process.
+#[derive(Debug)]
+pub struct Space {
+    /// The process, as we see its PID.
+    pub pid: i32,
+    /// When it started, in ticks since the node's boot: no other process has both numbers.
+    pub started: u64,
+    /// Its object in the image.
+    pub id: MemoryId,
+    /// The object in the base that has what was not modified.
+    pub base: Option<MemoryId>,
+    /// Modified pages.
+    pub lists: CommitLists,
+    /// Pages with content of their own at the cut.
+    pub own: PageSet,
+    /// What was done.
+    pub statistics: Statistics,
+    tracker: Option<Tracker>,
+    /// A tracker cannot be had.
+    untracked: bool,
+    pagemap: File,
+    mem: File,
+    maps: Maps,
+    /// Where a look goes on that was broken off.
+    resume: Option<u64>,
+}
+
+impl Space {
+    /// The memory of a process that is looked at for the first time in this dump.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn new(pid: i32, id: MemoryId) -> Result<Self> {
+        let (pagemap, mem) = open(pid)?;
+        let started = started(pid)?;
+        Ok(Self {
+            pid,
+            started,
+            id,
+            base: None,
+            lists: CommitLists::default(),
+            own: PageSet::default(),
+            statistics: Statistics::default(),
+            tracker: None,
+            untracked: false,
+            pagemap,
+            mem,
+            maps: Maps::new(),
+            resume: None,
+        })
+    }
+
+    /// Goes on with what was kept since an earlier dump.
+    pub fn take_up(&mut self, tracker: Tracker, base: MemoryId, modified: PageSet) {
+        (self.tracker, self.base) = (Some(tracker), Some(base));
+        self.lists = CommitLists::with(modified);
+    }
+
+    /// Its tracker, to be kept for the next dump.
+    pub fn into_tracker(self) -> Option<Tracker> {
+        self.tracker
+    }
+
+    /// Can writes be seen?
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// The tracker and the page map, for those who guard pages.
+    pub fn guarded(&self) -> Option<(&Tracker, &File)> {
+        Some((self.tracker.as_ref()?, &self.pagemap))
+    }
+
+    /// Registers what the process has mapped since the last look; it may run.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn register(&mut self) -> Result<()> {
+        // A process that runs another program has another address space.
+        (self.pagemap, self.mem) = open(self.pid)?;
+        self.maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
+        if self.tracker.as_mut().is_some_and(|tracker| !tracker.register(&self.maps)) {
+            self.tracker = None;
+        }
+        Ok(())
+    }
+
+    /// Looks at the stopped process and notes what was written, until `deadline`; false if there is more.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn look(
+        &mut self,
+        frozen: &mut FrozenProcess,
+        finder: &mut Finder,
+        deadline: Instant,
+    ) -> Result<bool> {
+        if self.attach(frozen, finder)? {
+            // Everything is to be registered: while it runs.
+            return Ok(false);
+        }
+        self.register()?;
+        let from = self.resume.unwrap_or(0);
+        for window in tracker::windows(&self.maps, WINDOW) {
+            let (Some(tracker), true) = (&mut self.tracker, window.end > from) else { continue };
+            let window = window.start.max(from)..window.end;
+            self.resume = Some(window.end);
+            let scan = tracker.scan(&self.pagemap, &self.maps, window)?;
+            self.lists.written(&scan.written);
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+        }
+        self.resume = None;
+        Ok(true)
+    }
+
+    /// The cut: what was written joins the list that is to be saved.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn cut(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder, maps: &Maps) -> Result<()> {
+        self.register()?;
+        if self.attach(frozen, finder)? {
+            self.register()?;
+        }
+        self.maps.clone_from(maps);
+        let Scan { own, written } = match &mut self.tracker {
+            Some(tracker) => tracker.scan(&self.pagemap, maps, tracker::all(maps))?,
+            None => tracker::look(&self.pagemap, maps)?,
+        };
+        self.started = started(self.pid)?;
+        self.lists.written(&written);
+        self.lists.swap();
+        self.own = own;
+        let size = PAGE_SIZE as u64;
+        self.statistics.own = self.own.pages() * size;
+        self.statistics.modified = self.lists.modified().intersection(&self.own).bytes();
+        Ok(())
+    }
+
+    /// The cut did not come about.
+    pub fn uncut(&mut self) {
+        self.lists.swap_back();
+        self.own = PageSet::default();
+    }
+
+    /// Makes a tracker if there is none; true if it is new.
+    fn attach(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) -> Result<bool> {
+        if self.tracker.is_some() || self.untracked {
+            return Ok(false);
+        }
+        let maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
+        let made = frozen.with_arena(finder, &maps, |threads, arena| {
+            attach::userfaultfd(threads.first_mut().context("it has no thread left")?, arena)
+        });
+        match made {
+            Ok(made) => self.tracker = Some(Tracker::new(made)),
+            Err(error) => {
+                tracing::warn!(pid = self.pid, "its memory cannot be tracked and is copied whole: {error:#}");
+                self.untracked = true;
+            }
+        }
+        Ok(self.tracker.is_some())
+    }
+
+    /// What of these pages is to be copied, by how it can be read.
+    pub fn origins(&self, pages: &PageSet) -> Vec<(MemoryId, Origin<'_>, Vec<(u64, u64)>)> {
+        let mut all = Vec::new();
+        for readable in [true, false] {
+            let maps = self.maps.iter().filter(|map| (map.prot & libc::PROT_READ != 0) == readable);
+            let part = pages.intersection(&maps.map(range).collect());
+            if !part.is_empty() {
+                let origin = Origin { pid: self.pid, mem: &self.mem, readable };
+                all.push((self.id, origin, part.addresses().collect()));
+            }
+        }
+        all
+    }
+}
+
+fn range(map: &Map) -> Range<u64> {
+    map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64
+}
+
+fn open(pid: i32) -> Result<(File, File)> {
+    let open = |name| File::open(format!("/proc/{pid}/{name}"));
+    Ok((open("pagemap").context("opening the page map")?, open("mem").context("opening the memory")?))
+}
+
+/// When a process started, in ticks since the node's boot.
+///
+/// # Errors
+/// It is gone.
+pub fn started(pid: i32) -> Result<u64> {
+    let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
+    Ok(stat.with_context(|| format!("looking at process {pid}"))?.starttime)
+}

@@ -1,0 +1,234 @@
+//! Which pages of an address space were written, by the kernel's own book-keeping.
+//!
+//! Everything private is registered with a userfaultfd in asynchronous write-protect mode: the kernel lifts the
+//! protection of a page at the first write, and one `PAGEMAP_SCAN` finds such pages and protects them again.
+//!
+//! Only pages with content of their own are protected, never empty ones: so no page tables are made for memory that
+//! is only reserved, and a page that appears later counts as written. What the kernel does not say is found in other
+//! ways: memory that is not registered (new, moved, of a new program after exec) counts as written; a page that was
+//! dropped is not there any more.
+//!
+//! [`Tracker::scan`] protects pages only while the process is stopped. A page into which a device writes by direct
+//! I/O is marked as written when the transfer begins; if it were protected again before the end, what arrives late
+//! would be lost. A stopped process has no transfer under way: read(2) with `O_DIRECT` returns before it stops.
+
+use super::page_set::PageSet;
+use crate::sys::pagemap::{self, Query, Region, category};
+use crate::sys::userfaultfd::{Userfaultfd, mode};
+use crate::tracee::proc::Map;
+use anyhow::{Context as _, Result};
+use ckpt_common::image::PAGE_SIZE;
+use std::collections::HashSet;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+/// Private pages with content of their own: not the file's, not the shared zero page.
+pub const OWN: Query = Query {
+    inverted: category::FILE | category::ZERO,
+    all: category::FILE | category::ZERO,
+    any: category::PRESENT | category::SWAPPED,
+    report: category::WRITTEN | category::PRESENT | category::SWAPPED,
+};
+
+/// What a look at an address space gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scan {
+    /// Pages with content of their own.
+    pub own: PageSet,
+    /// Those of them that were written since the last look, or of which that is not known.
+    pub written: PageSet,
+}
+
+/// Tracks one address space.
+#[derive(Debug)]
+pub struct Tracker {
+    uffd: Userfaultfd,
+    /// Mappings that were registered, and those that cannot be.
+    known: HashSet<(u64, u64)>,
+}
+
+impl Tracker {
+    /// A tracker with a userfaultfd of the address space.
+    pub fn new(uffd: Userfaultfd) -> Self {
+        Self { uffd, known: HashSet::new() }
+    }
+
+    /// Its userfaultfd.
+    pub fn userfaultfd(&self) -> &Userfaultfd {
+        &self.uffd
+    }
+
+    /// Its userfaultfd, which goes on tracking in other hands.
+    pub fn into_userfaultfd(self) -> Userfaultfd {
+        self.uffd
+    }
+
+    /// Registers what is new. False where the address space is gone: the process runs another program, or has ended.
+    pub fn register(&mut self, maps: &[Map]) -> bool {
+        for map in maps.iter().filter(|map| is_private(map)) {
+            if !self.known.insert((map.start, map.end)) {
+                continue;
+            }
+            match self.uffd.register(map.start, map.end, mode::WP) {
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return false,
+                // Of a kind that cannot be registered, or in other hands: it counts as written each time.
+                Err(error) => tracing::debug!(start = map.start, %error, "memory that cannot be tracked"),
+                Ok(()) => {}
+            }
+        }
+        true
+    }
+
+    /// Looks at the private memory in a range of addresses. Written pages are protected again: the process must be
+    /// stopped.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn scan(&mut self, pagemap: &File, maps: &[Map], range: Range<u64>) -> Result<Scan> {
+        let Range { start, end } = range;
+        let mut seen = Seen::default();
+        let tracked = OWN.and(category::WPALLOWED);
+        pagemap::scan_and_protect(pagemap.as_fd(), start, end, tracked, |region| {
+            seen.note(region, region.categories & category::WRITTEN != 0);
+        })
+        .context("listing the pages that were written")?;
+        let mut strange = PageSet::default();
+        pagemap::scan(pagemap.as_fd(), start, end, OWN.but_not(category::WPALLOWED), |region| {
+            strange.push_addresses(region.start, region.end);
+            seen.note(region, true);
+        })
+        .context("listing the pages that are not tracked")?;
+        if !strange.is_empty() {
+            // Mapped anew since they were registered: once more before the next look.
+            let size = PAGE_SIZE as u64;
+            self.known.retain(|(start, end)| strange.within(start / size..end / size).is_empty());
+        }
+        seen.scan(pagemap, maps)
+    }
+}
+
+/// Looks at memory that nobody tracks: everything counts as written.
+///
+/// # Errors
+/// The process is gone.
+pub fn look(pagemap: &File, maps: &[Map]) -> Result<Scan> {
+    let Range { start, end } = all(maps);
+    let mut seen = Seen::default();
+    pagemap::scan(pagemap.as_fd(), start, end, OWN, |region| seen.note(region, true))
+        .context("listing the pages")?;
+    seen.scan(pagemap, maps)
+}
+
+/// From the first mapping to the last.
+pub fn all(maps: &[Map]) -> Range<u64> {
+    let (first, last) = (maps.first(), maps.last());
+    first.map_or(0, |map| map.start)..last.map_or(0, |map| map.end)
+}
+
+/// Ranges of addresses that together hold all mappings, each with at most so many bytes of them.
+pub fn windows(maps: &[Map], most: u64) -> Vec<Range<u64>> {
+    let mut windows: Vec<Range<u64>> = Vec::new();
+    let mut filled = most;
+    for map in maps {
+        let mut at = map.start;
+        while at < map.end {
+            let len = (map.end - at).min(most);
+            match windows.last_mut().filter(|_| filled + len <= most) {
+                Some(window) => window.end = at + len,
+                None => {
+                    windows.push(at..at + len);
+                    filled = 0;
+                }
+            }
+            filled += len;
+            at += len;
+        }
+    }
+    windows
+}
+
+/// What scans have found, in any order.
+#[derive(Default)]
+struct Seen {
+    own: Vec<Range<u64>>,
+    written: Vec<Range<u64>>,
+    swapped: Vec<Range<u64>>,
+}
+
+impl Seen {
+    fn note(&mut self, region: Region, written: bool) {
+        let pages = region.start / PAGE_SIZE as u64..region.end / PAGE_SIZE as u64;
+        if written {
+            self.written.push(pages.clone());
+        }
+        if region.categories & category::SWAPPED != 0 {
+            self.swapped.push(pages.clone());
+        }
+        self.own.push(pages);
+    }
+
+    fn scan(self, pagemap: &File, maps: &[Map]) -> Result<Scan> {
+        let set = |maps: &mut dyn Iterator<Item = &Map>| maps.map(pages).collect::<PageSet>();
+        let private = set(&mut maps.iter().filter(|map| is_private(map)));
+        let mut own = PageSet::from_iter(self.own).intersection(&private);
+        let swapped = PageSet::from_iter(self.swapped);
+        if !swapped.is_empty() {
+            let of_files = set(&mut maps.iter().filter(|map| is_private(map) && map.inode != 0));
+            own = own.difference(&dropped(pagemap, &swapped.intersection(&of_files))?);
+        }
+        let written = PageSet::from_iter(self.written).intersection(&own);
+        Ok(Scan { own, written })
+    }
+}
+
+/// Pages of private file mappings that were dropped and show the file again: where they were protected, the kernel
+/// leaves a marker that looks like a page that is swapped out.
+fn dropped(pagemap: &File, swapped: &PageSet) -> Result<PageSet> {
+    let mut dropped = PageSet::default();
+    for range in swapped.ranges() {
+        let entries = pagemap::entries(pagemap, range.start, (range.end - range.start) as usize);
+        let entries = entries.context("reading a page map")?;
+        for (page, _) in (range.start..).zip(entries).filter(|(_, entry)| entry.is_marker()) {
+            dropped.push(page..page + 1);
+        }
+    }
+    Ok(dropped)
+}
+
+/// Memory that belongs to this address space alone.
+pub fn is_private(map: &Map) -> bool {
+    !map.shared && !map.by_kernel()
+}
+
+/// Page numbers of a mapping.
+fn pages(map: &Map) -> Range<u64> {
+    map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(start: u64, end: u64) -> Map {
+        Map {
+            start,
+            end,
+            prot: 3,
+            shared: false,
+            offset: 0,
+            device: 0,
+            inode: 0,
+            path: String::new(),
+            flags: procfs::process::VmFlags::empty(),
+        }
+    }
+
+    #[test]
+    fn windows_hold_every_mapping_once() {
+        let maps = [map(10, 20), map(30, 35), map(100, 200), map(300, 301)];
+        assert_eq!(windows(&maps, 40), [10..35, 100..140, 140..180, 180..301]);
+        assert_eq!(windows(&maps, 1000), [10..301]);
+        assert!(windows(&[], 5).is_empty());
+    }
+}
