@@ -3,7 +3,7 @@
 use super::files::Files;
 use super::seed::Inheritance;
 use super::share::{self, Plan, View};
-use super::{content, mappings, vdso};
+use super::{content, lazy, mappings, vdso};
 use crate::store::PartReader;
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result};
@@ -26,6 +26,8 @@ pub(super) struct Spaces<'a> {
     bases: RefCell<BTreeMap<i32, Pages<'a>>>,
     /// For each executable the first of those that are the same file.
     programs: BTreeMap<FileId, FileId>,
+    /// May memory follow later?
+    lazy: bool,
 }
 
 /// A page map, of the image or made up.
@@ -38,6 +40,7 @@ impl<'a> Spaces<'a> {
         records: &[OpenFile],
         files: &'a Files,
         part: &'a PartReader,
+        lazy: bool,
     ) -> Self {
         let living = processes.iter().filter(|p| p.zombie.is_none());
         let processes: BTreeMap<i32, &Process> = living.map(|p| (p.pid, p)).collect();
@@ -47,7 +50,7 @@ impl<'a> Spaces<'a> {
             let same = (&record.kind, record.version, record.flags, &record.payload);
             programs.insert(record.id, *first.entry(same).or_insert(record.id));
         }
-        Self { processes, files, part, bases: RefCell::default(), programs }
+        Self { processes, files, part, bases: RefCell::default(), programs, lazy }
     }
 
     fn process(&self, pid: i32) -> Result<&'a Process> {
@@ -115,21 +118,47 @@ impl<'a> Spaces<'a> {
         self.build(leader, inheritance, holds, process, &base)
     }
 
-    /// Makes the address space as it is in the image. Nothing is cloned from it any more.
+    /// Makes the address space as it is in the image. Nothing is cloned from it any more. Gives the ranges of addresses
+    /// whose content is to follow. Memory that is shared with other processes does not: it has to be there when they
+    /// are cloned.
     pub(super) fn finish(
         &self,
         leader: &mut Stopped,
         inheritance: &Inheritance,
         holds: Option<i32>,
         pid: i32,
-    ) -> Result<()> {
+    ) -> Result<Vec<(u64, u64)>> {
         let process = self.process(pid)?;
         let own = self.own(process)?;
-        if holds != Some(pid) {
-            return self.build(leader, inheritance, holds, process, own.pages);
+        if holds == Some(pid) {
+            let plan = share::rewrite(own.space, &self.base(process)?, own.pages);
+            self.change(leader, inheritance, own.space, &plan)?;
+            return Ok(Vec::new());
         }
-        let plan = share::rewrite(own.space, &self.base(process)?, own.pages);
-        self.change(leader, inheritance, own.space, &plan)
+        let shares = match holds {
+            Some(other) => self.plan(other, own.space, own.pages)?.is_some(),
+            None => false,
+        };
+        let later = if self.lazy && !shares { lazy::ranges(process, own.pages) } else { Vec::new() };
+        let now = match later.is_empty() {
+            true => Cow::Borrowed(own.pages),
+            false => Cow::Owned(lazy::at_once(process, own.pages, &later)),
+        };
+        if shares {
+            self.build(leader, inheritance, holds, process, own.pages)?;
+        } else {
+            self.make_room(leader, inheritance, holds)?;
+            self.anew(leader, inheritance, own.space, &now)?;
+        }
+        Ok(later)
+    }
+
+    /// Empties a stub that has the memory of another process.
+    fn make_room(&self, leader: &mut Stopped, inheritance: &Inheritance, holds: Option<i32>) -> Result<()> {
+        match holds {
+            Some(other) => mappings::empty(leader, &self.process(other)?.mm, inheritance),
+            None => Ok(()),
+        }
     }
 
     fn build(
@@ -141,14 +170,13 @@ impl<'a> Spaces<'a> {
         pages: &[PageRun],
     ) -> Result<()> {
         let space = &process.mm;
-        let Some(other) = holds else { return self.anew(leader, inheritance, space, pages) };
-        match self.plan(other, space, pages)? {
-            Some(plan) => self.change(leader, inheritance, space, &plan),
-            None => {
-                mappings::empty(leader, &self.process(other)?.mm, inheritance)?;
-                self.anew(leader, inheritance, space, pages)
-            }
+        if let Some(other) = holds
+            && let Some(plan) = self.plan(other, space, pages)?
+        {
+            return self.change(leader, inheritance, space, &plan);
         }
+        self.make_room(leader, inheritance, holds)?;
+        self.anew(leader, inheritance, space, pages)
     }
 
     fn anew(

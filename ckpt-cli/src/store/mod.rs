@@ -39,7 +39,7 @@ pub use error::{Result, StoreError};
 pub use part_reader::PartReader;
 pub use part_writer::{Compress, PartOptions, PartWriter, Watch};
 pub use refs::JobName;
-pub use scatter::Piece;
+pub use scatter::{Piece, Unpacking};
 pub use verify::{Problem, VerifyReport};
 
 use ckpt_common::image::{Digest, FormatError, manifest::Checkpoint};

@@ -20,6 +20,7 @@ pub struct PartReader(Arc<Inner>);
 
 struct Inner {
     store: Store,
+    part: PartRef,
     path: PathBuf,
     bytes: Vec<u8>,
     layout: PartLayout,
@@ -44,7 +45,14 @@ impl Store {
             return Err(StoreError::damaged(path)(FormatError::damaged("part", why)));
         }
         let packs = Mutex::default();
-        Ok(PartReader(Arc::new(Inner { store: self.clone(), path, bytes, layout, packs })))
+        Ok(PartReader(Arc::new(Inner {
+            store: self.clone(),
+            part: part.clone(),
+            path,
+            bytes,
+            layout,
+            packs,
+        })))
     }
 }
 
@@ -52,6 +60,11 @@ impl PartReader {
     /// The store it is in.
     pub(super) fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    /// The store, and the name of the part in it: another process opens it by them.
+    pub fn place(&self) -> (&std::path::Path, &PartRef) {
+        (self.0.store.root(), &self.0.part)
     }
 
     /// All records in order.
@@ -95,19 +108,22 @@ impl PartReader {
 
     /// The pack with this index, and a check that the run lies inside it.
     pub(super) fn pack_of(&self, pack: u32, chunk: u32, page: u16, count: u32) -> Result<Arc<PackReader>> {
-        let mut open = self.0.packs.lock().unwrap_or_else(PoisonError::into_inner);
-        let reader = match open.get(&pack) {
-            Some(reader) => reader.clone(),
-            None => {
-                let missing = || FormatError::damaged("page map", format!("there is no pack {pack}"));
-                let id = self.packs().get(pack as usize).copied();
-                let id = id.ok_or_else(missing).map_err(StoreError::damaged(&self.0.path))?;
-                let reader = Arc::new(self.0.store.open_pack(id)?);
-                open.insert(pack, reader.clone());
-                reader
-            }
-        };
+        let reader = self.pack_number(pack)?;
         reader.check(chunk, page, count)?;
+        Ok(reader)
+    }
+
+    /// The pack with this index.
+    pub(super) fn pack_number(&self, pack: u32) -> Result<Arc<PackReader>> {
+        let mut open = self.0.packs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reader) = open.get(&pack) {
+            return Ok(reader.clone());
+        }
+        let missing = || FormatError::damaged("page map", format!("there is no pack {pack}"));
+        let id = self.packs().get(pack as usize).copied();
+        let id = id.ok_or_else(missing).map_err(StoreError::damaged(&self.0.path))?;
+        let reader = Arc::new(self.0.store.open_pack(id)?);
+        open.insert(pack, reader.clone());
         Ok(reader)
     }
 }

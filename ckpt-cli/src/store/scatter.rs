@@ -78,7 +78,7 @@ impl PartReader {
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         let first_error = Mutex::new(None);
         let work = || -> Result<(), E> {
-            let mut worker = Worker::new()?;
+            let mut worker = Unpacking::new()?;
             while !failed.load(Ordering::Relaxed) {
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 let Some(batch) = batches.get(number) else { break };
@@ -106,6 +106,29 @@ impl PartReader {
             work();
         });
         first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// As [`Self::scatter`], on this thread alone: for a few pages.
+    ///
+    /// # Errors
+    /// The first.
+    pub fn gather<E: From<StoreError>>(
+        &self,
+        runs: &[PageRun],
+        with: &mut Unpacking,
+        each: impl Fn(&[Piece<'_>]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let places = places(&[runs]);
+        let batches = self.batches(&places)?;
+        batches.iter().try_for_each(|batch| with.perform(batch, &places[batch.places.clone()], &each))
+    }
+
+    /// Opens every pack that it needs: from then on it does not matter whether they are removed.
+    ///
+    /// # Errors
+    /// A pack is missing or damaged.
+    pub fn open_packs(&self) -> Result<()> {
+        (0..self.packs().len() as u32).try_for_each(|pack| self.pack_number(pack).map(drop))
     }
 
     /// All pages of an object.
@@ -176,14 +199,18 @@ fn places(maps: &[&[PageRun]]) -> Vec<Place> {
 }
 
 /// What a thread uses again for each batch.
-struct Worker {
+pub struct Unpacking {
     unpacker: Unpacker,
     stored: Vec<u8>,
     content: Vec<u8>,
 }
 
-impl Worker {
-    fn new() -> Result<Self> {
+impl Unpacking {
+    /// For [`PartReader::gather`].
+    ///
+    /// # Errors
+    /// The library does not begin.
+    pub fn new() -> Result<Self> {
         Ok(Self { unpacker: Unpacker::new()?, stored: Vec::new(), content: vec![0; BATCH] })
     }
 

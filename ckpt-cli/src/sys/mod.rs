@@ -6,6 +6,7 @@ pub mod arena;
 pub mod batch_code;
 pub mod clone;
 pub mod cpu;
+pub mod fork;
 pub mod guard;
 pub mod ioctl;
 pub mod kcmp;
