@@ -16,11 +16,12 @@ use crate::objects::FilePolicy;
 use crate::objects::tcp::{CaptureError, Guard};
 use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
+use crate::tracee::proc::{self, Maps};
 use crate::tracee::{freeze::Frozen, healing::Finder};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -88,6 +89,8 @@ pub struct Session {
     processes: Vec<Process>,
     files: Vec<OpenFile>,
     memory: MemoryDump,
+    /// Mappings with their flags as they were just before the freeze: reading flags walks all page tables.
+    mappings: BTreeMap<i32, Maps>,
     /// PIDs as we see them, and as the processes do.
     numbers: Vec<(i32, i32)>,
 }
@@ -110,6 +113,7 @@ impl Session {
             processes: Vec::new(),
             files: Vec::new(),
             memory,
+            mappings: BTreeMap::new(),
             numbers: Vec::new(),
         })
     }
@@ -133,7 +137,13 @@ impl Session {
         if self.plan.has_tcp {
             self.guard = Some(Guard::start()?);
         }
-        self.memory.save_early(&self.pids, part).context("copying memory ahead of the freeze")
+        self.memory.save_early(&self.pids, part).context("copying memory ahead of the freeze")?;
+        for process in &self.plan.processes {
+            // One that has ended meanwhile is no obstacle.
+            let maps = proc::maps_with_flags(process.pid).unwrap_or_default();
+            self.mappings.insert(process.pid, maps);
+        }
+        Ok(())
     }
 
     /// Freezes the job and takes its state. The job stays frozen until [`Self::thaw`], [`Self::finish`] or drop.
@@ -174,7 +184,8 @@ impl Session {
         let mut threads = 0;
         for process in frozen.processes.values_mut() {
             threads += process.threads.len();
-            let captured = process::capture(process, &mut finder, &mut table)
+            let known = self.mappings.entry(process.pid).or_default();
+            let captured = process::capture(process, &mut finder, known, &mut table)
                 .with_context(|| format!("capturing process {}", process.pid))?;
             self.processes.push(captured);
         }

@@ -4,6 +4,7 @@ use super::descriptors::Table;
 use super::{address_space, thread};
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
+use crate::tracee::proc::Maps;
 use crate::tracee::{Arena, Batch, Done, Stopped, proc};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::MemoryId;
@@ -18,10 +19,11 @@ const PR_GET_DUMPABLE: u64 = 3;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_THP_DISABLE: u64 = 42;
 
-/// Captures a frozen process.
+/// Captures a frozen process; `known` are its mappings as they were a moment before.
 pub(super) fn capture(
     frozen: &mut FrozenProcess,
     finder: &mut Finder,
+    known: &Maps,
     table: &mut Table<'_>,
 ) -> Result<Process> {
     let pid = frozen.pid;
@@ -74,7 +76,7 @@ pub(super) fn capture(
     process.oom_score_adj = i32::from(proc.oom_score_adj().unwrap_or(0));
     process.fds = table.descriptors(pid);
 
-    let maps = proc::maps_with_flags(pid).context("reading the mappings")?;
+    let maps = proc::maps_like_before(pid, known).context("reading the mappings")?;
     if let Some(leader) = frozen.threads.first() {
         process.pending = thread::pending(leader.tid, true)?;
     }

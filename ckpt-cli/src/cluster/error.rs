@@ -127,7 +127,7 @@ pub fn store_class(error: &StoreError) -> FailureClass {
 pub fn store_hint(error: &StoreError) -> Option<String> {
     let hint = match error {
         StoreError::NoStore { .. } => "`--store DIR` or CKPT_STORE says where the store is",
-        StoreError::Locked { .. } => "wait until the other dump has ended",
+        StoreError::Locked { .. } => "wait until it has ended",
         StoreError::Missing { .. } => "`ckpt verify` lists everything that is wrong with the checkpoint",
         StoreError::Damaged { .. } => {
             "`ckpt verify` lists everything that is wrong; `ckpt ls` shows other checkpoints"

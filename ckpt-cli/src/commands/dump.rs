@@ -3,7 +3,7 @@
 use super::{Global, interrupt, nodes_of};
 use crate::{
     cluster::coordinator::{self, DumpOutcome, DumpRequest},
-    store::JobName,
+    store::{FAST, JobName},
     ui::{ExitCode, Failed, Ui, bytes, duration, plural},
 };
 use ckpt_common::{
@@ -40,8 +40,8 @@ pub(super) struct Arguments {
     /// How memory that does not fit into that time is kept from being overwritten
     #[arg(long, value_name = "WAY", value_enum, default_value = "auto")]
     cow: Cow,
-    /// zstd level from 1 to 19, or none
-    #[arg(long, value_name = "LEVEL", default_value = "1", value_parser = compression)]
+    /// `fast`, zstd level from 1 to 19, or none
+    #[arg(long, value_name = "LEVEL", default_value = "fast", value_parser = compression)]
     compress: Compression,
     /// What to keep of files that the job has open for writing
     #[arg(long, value_name = "WHAT", value_enum, default_value = "content")]
@@ -68,11 +68,23 @@ struct Target {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Compression(Option<i32>);
 
+impl Compression {
+    /// As it is typed.
+    fn name(self) -> String {
+        match self.0 {
+            None => "none".to_owned(),
+            Some(FAST) => "fast".to_owned(),
+            Some(level) => level.to_string(),
+        }
+    }
+}
+
 fn compression(text: &str) -> Result<Compression, String> {
     match text.parse::<i32>() {
         _ if text == "none" => Ok(Compression(None)),
+        _ if text == "fast" => Ok(Compression(Some(FAST))),
         Ok(level @ 1..=19) => Ok(Compression(Some(level))),
-        _ => Err("give a level from 1 to 19, or none".into()),
+        _ => Err("give `fast`, a level from 1 to 19, or none".into()),
     }
 }
 
@@ -222,7 +234,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(),
         record: DumpRecord {
             selector: arguments.target.typed(),
             stop: arguments.stop,
-            compress: compress.map_or("none".to_owned(), |level| level.to_string()),
+            compress: arguments.compress.name(),
             files: files_text.to_owned(),
             allow,
         },
@@ -332,6 +344,9 @@ mod tests {
     fn compression_levels() {
         assert_eq!(compression("none"), Ok(Compression(None)));
         assert_eq!(compression("19"), Ok(Compression(Some(19))));
-        assert!(compression("20").is_err() && compression("fast").is_err());
+        assert!(compression("20").is_err() && compression("-1").is_err());
+        for text in ["none", "fast", "3"] {
+            assert_eq!(compression(text).unwrap().name(), text);
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! The command line: one file per command, its arguments and what it prints.
 
 mod completions;
+mod diff;
 mod doctor;
 mod dump;
 mod fill;
 mod interrupt;
 mod keep;
 mod ls;
+mod prune;
 mod restore;
 mod serve;
 mod show;
@@ -73,7 +75,9 @@ enum Command {
     Restore(restore::Arguments),
     Ls(ls::Arguments),
     Show(show::Arguments),
+    Diff(diff::Arguments),
     Verify(verify::Arguments),
+    Prune(prune::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     Serve(serve::Arguments),
@@ -111,7 +115,9 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Restore(arguments) => restore::run(arguments, global, ui),
         Command::Ls(arguments) => ls::run(arguments, global, ui),
         Command::Show(arguments) => show::run(arguments, global, ui),
+        Command::Diff(arguments) => diff::run(arguments, global, ui),
         Command::Verify(arguments) => verify::run(arguments, global, ui),
+        Command::Prune(arguments) => prune::run(arguments, global, ui),
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),
         Command::Completions(arguments) => completions::run(arguments, ui),
         Command::Serve(arguments) => serve::run(arguments),
@@ -202,6 +208,7 @@ mod tests {
             "ckpt restore",
             "ckpt restore x --place y",
             "ckpt verify x --sample 0",
+            "ckpt prune --keep 0",
         ] {
             assert!(parse(words).is_err(), "{words}");
         }

@@ -158,7 +158,7 @@ fn processes(checkpoint: &Checkpoint) -> Section {
 }
 
 /// The beginning of a text, on one line.
-fn shortened(text: &str, length: usize) -> String {
+pub(super) fn shortened(text: &str, length: usize) -> String {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     match text.char_indices().nth(length) {
         Some((end, _)) => format!("{}...", &text[..end]),

@@ -21,6 +21,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(), Failed> {
     let store = Store::open(&global.store)?;
+    let _hold = store.hold()?;
     let checkpoint = store.resolve(&arguments.name)?;
     let report = store.verify(&checkpoint, arguments.sample);
     if !report.problems.is_empty() {

@@ -323,6 +323,7 @@ impl MemoryDump {
         self.staging.save(part)?;
         for space in self.spaces.values_mut() {
             ensure!(space.lists.previous().is_empty(), "pages of process {} were not saved", space.pid);
+            space.count();
             self.staging.declare(space.id, part)?;
             // Copied early, and dropped before the cut.
             for range in space.lists.modified().difference(&space.own).ranges() {

@@ -167,9 +167,6 @@ impl Space {
         self.lists.written(&written);
         self.lists.swap();
         self.own = own;
-        let size = PAGE_SIZE as u64;
-        self.statistics.own = self.own.pages() * size;
-        self.statistics.modified = self.lists.modified().intersection(&self.own).bytes();
         Ok(())
     }
 
@@ -196,6 +193,12 @@ impl Space {
             }
         }
         Ok(self.tracker.is_some())
+    }
+
+    /// Counts what there is and what is not as in the base, when everything is saved.
+    pub fn count(&mut self) {
+        self.statistics.own = self.own.bytes();
+        self.statistics.modified = self.lists.modified().intersection(&self.own).bytes();
     }
 
     /// What of these pages is to be copied, by how it can be read.

@@ -1,10 +1,10 @@
 //! A dump in the making: its temporary directory, its locks, its commit, and its end.
 
-use super::{JobName, Result, Store, StoreError, files};
+use super::{Hold, JobName, Result, Store, StoreError, files, locks::try_lock};
 use ckpt_common::image::manifest::{Checkpoint, Manifest};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::{File, TryLockError},
+    fs::File,
     io::ErrorKind,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -41,17 +41,23 @@ pub(super) struct Workspace {
     id: DumpId,
     lock: File,
     kept: bool,
+    /// Nothing is pruned while a dump lives.
+    _hold: Hold,
 }
 
 impl Workspace {
     pub(super) fn create(store: &Store) -> Result<Self> {
+        Self::within(store, store.hold()?)
+    }
+
+    fn within(store: &Store, hold: Hold) -> Result<Self> {
         loop {
             let id = DumpId(files::token()?);
             let path = lock_path(store, &id);
             let lock = files::open_lock(&path)?;
             // A sweep may have met the file between its creation and our lock.
             if try_lock(&lock, &path)? && lock.metadata().is_ok_and(|meta| meta.nlink() > 0) {
-                let workspace = Self { store: store.clone(), id, lock, kept: false };
+                let workspace = Self { store: store.clone(), id, lock, kept: false, _hold: hold };
                 files::make_dir(&workspace.directory())?;
                 return Ok(workspace);
             }
@@ -93,7 +99,8 @@ impl Store {
     /// Begins a dump of `job`, after removing what dead dumps have left.
     ///
     /// # Errors
-    /// [`StoreError::Locked`] while another dump of the same job is under way.
+    /// [`StoreError::Locked`] while another dump of the same job is under way, or the store is being pruned for
+    /// longer than a dump waits.
     pub fn begin_dump(&self, job: &JobName) -> Result<Dump> {
         let directory = self.job_path(job);
         files::make_dir(&directory)?;
@@ -101,11 +108,12 @@ impl Store {
         let path = directory.join("lock");
         let job_lock = files::open_lock(&path)?;
         if !try_lock(&job_lock, &path)? {
-            return Err(StoreError::Locked { job: job.to_string(), path });
+            return Err(StoreError::Locked { what: format!("another dump of job {job} is under way"), path });
         }
+        let hold = self.hold()?;
         self.sweep()?;
         let number = self.numbers(job)?.last().map_or(1, |last| last + 1);
-        let workspace = Workspace::create(self)?;
+        let workspace = Workspace::within(self, hold)?;
         Ok(Dump { workspace, job: job.clone(), number, _job_lock: job_lock })
     }
 
@@ -123,7 +131,7 @@ impl Store {
     }
 
     /// Removes what dumps have left whose coordinator is dead. A living dump holds its lock.
-    fn sweep(&self) -> Result<()> {
+    pub(super) fn sweep(&self) -> Result<()> {
         let tmp = self.tmp();
         for entry in std::fs::read_dir(&tmp).map_err(StoreError::io("read directory", &tmp))? {
             let path = entry.map_err(StoreError::io("read directory", &tmp))?.path();
@@ -189,14 +197,6 @@ fn lock_path(store: &Store, id: &DumpId) -> PathBuf {
     store.tmp().join(format!("{}.lock", id.0))
 }
 
-fn try_lock(file: &File, path: &Path) -> Result<bool> {
-    match file.try_lock() {
-        Ok(()) => Ok(true),
-        Err(TryLockError::WouldBlock) => Ok(false),
-        Err(TryLockError::Error(error)) => Err(StoreError::io("lock", path)(error)),
-    }
-}
-
 /// Removes a dump's temporary files and, unless it was committed, what its writers have put into
 /// place. The caller holds its lock.
 ///
@@ -249,7 +249,8 @@ fn remove_published(store: &Store, directory: &Path) -> Result<()> {
 impl Dump {
     /// What a kill does: the lock is gone, nothing is cleaned up.
     pub(super) fn kill(self) {
-        let dump = std::mem::ManuallyDrop::new(self);
+        let mut dump = std::mem::ManuallyDrop::new(self);
         dump.workspace.lock.unlock().expect("lock was held");
+        dump.workspace._hold.release();
     }
 }

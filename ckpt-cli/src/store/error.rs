@@ -17,11 +17,11 @@ pub enum StoreError {
         /// What is there instead.
         why: String,
     },
-    /// Another dump of the same job is under way.
-    #[error("another dump of job {job} is under way (lock {path})", path = path.display())]
+    /// Somebody else uses the store, or the job in it.
+    #[error("{what} (lock {path})", path = path.display())]
     Locked {
-        /// Name of the job.
-        job: String,
+        /// What is under way.
+        what: String,
         /// The lock file.
         path: PathBuf,
     },

@@ -11,19 +11,21 @@ use ckpt_common::image::{
 use std::collections::HashMap;
 
 /// What two chunks with the same content have in common.
-type Content = (Digest, u32, Encoding);
+pub(super) type Content = (Digest, u32, Encoding);
 
 /// Chunks by content: those of a base that it uses, and those that were written since.
 #[derive(Default)]
 pub(super) struct Known(HashMap<Content, Stored>);
 
-fn content(chunk: &ChunkEntry) -> Content {
+/// What a chunk has in common with every chunk of the same content.
+pub(super) fn content(chunk: &ChunkEntry) -> Content {
     (chunk.hash(), chunk.raw() as u32, chunk.encoding())
 }
 
 impl Known {
     /// Chunks of a base part. Those it does not use may be gone.
     pub(super) fn of(base: &PartReader) -> Result<Self> {
+        base.check_present()?;
         let mut known = HashMap::new();
         let live = base.live_chunks()?;
         for (number, pack) in (0..).zip(base.packs()) {

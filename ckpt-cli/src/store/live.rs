@@ -25,6 +25,10 @@ impl ChunkSet {
     pub(super) fn contains(&self, chunk: u32) -> bool {
         self.0.get(chunk as usize / 64).is_some_and(|word| word & (1 << (chunk % 64)) != 0)
     }
+
+    pub(super) fn add_all(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&*other.0).for_each(|(word, other)| *word |= other);
+    }
 }
 
 /// Chunks in use, by pack.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! STORE/version              "ckpt store 1"
+//! STORE/lock                 held (flock) shared by dumps and readers, exclusively by `prune`
 //! STORE/jobs/NAME/N.json     a committed checkpoint; the rename to this name is the commit
 //! STORE/jobs/NAME/lock       held (flock) by the coordinator of a dump of this job
 //! STORE/parts/ID.part        what one node contributed
@@ -18,26 +19,33 @@
 //! removed by the next dump (of any job) that finds the lock of the dead one free.
 
 mod chunker;
+mod compare;
 mod compressor;
 mod dump;
 mod error;
 mod files;
+mod holes;
 mod known;
 mod live;
+mod locks;
 mod pack_file;
 mod pack_reader;
 mod pack_writer;
 mod page_table;
 mod part_reader;
 mod part_writer;
+mod prune;
 mod refs;
 mod scatter;
 mod verify;
 
+pub use compare::{Object, PageDiff, compare_pages, stored_anew};
 pub use dump::{Dump, DumpId};
 pub use error::{Result, StoreError};
+pub use locks::Hold;
 pub use part_reader::PartReader;
-pub use part_writer::{Compress, PartOptions, PartWriter, Watch};
+pub use part_writer::{Compress, FAST, PartOptions, PartWriter, Watch};
+pub use prune::PruneReport;
 pub use refs::JobName;
 pub use scatter::{Piece, Unpacking};
 pub use verify::{Problem, VerifyReport};
@@ -97,7 +105,8 @@ impl Store {
         files::make_dir(root)?;
         for entry in std::fs::read_dir(root).map_err(StoreError::io("read directory", root))? {
             let name = entry.map_err(StoreError::io("read directory", root))?.file_name();
-            let ours = name.to_str().is_some_and(|name| DIRECTORIES.contains(&name) || name == "version");
+            let ours = |name: &str| DIRECTORIES.contains(&name) || name == "version" || name == "lock";
+            let ours = name.to_str().is_some_and(ours);
             // `lost+found` is all that a fresh file system has.
             if !ours && name != "lost+found" {
                 let why = format!("the directory holds other files, such as {name:?}");

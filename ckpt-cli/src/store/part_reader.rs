@@ -67,6 +67,20 @@ impl PartReader {
         (self.0.store.root(), &self.0.part)
     }
 
+    /// Its name.
+    pub fn id(&self) -> Digest {
+        self.0.part.id
+    }
+
+    /// Is the part still in the store? What it points into is there just as long; only a dump or a
+    /// reader that holds the store ([`Store::hold`]) can rely on it.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if it was pruned.
+    pub fn check_present(&self) -> Result<()> {
+        files::open(&self.0.path).map(drop)
+    }
+
     /// All records in order.
     pub fn records(&self) -> Result<Vec<RawRecord<'_>>> {
         self.0.layout.records(&self.0.bytes).map_err(StoreError::damaged(&self.0.path))

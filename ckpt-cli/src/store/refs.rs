@@ -81,7 +81,7 @@ impl Store {
         Ok(self.numbers(job)?.into_iter().map(|number| self.checkpoint(job, number)).collect())
     }
 
-    fn checkpoint(&self, job: &JobName, number: u64) -> Result<Checkpoint> {
+    pub(super) fn checkpoint(&self, job: &JobName, number: u64) -> Result<Checkpoint> {
         let path = self.job_path(job).join(format!("{number}.json"));
         let text = files::read_capped(&path, manifest::MAX_SIZE)?;
         let checkpoint = Checkpoint::decode(&text).map_err(StoreError::damaged(&path))?;

@@ -12,6 +12,8 @@ use proptest::prelude::*;
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 use tempfile::TempDir;
 
+mod prune;
+
 type Memory = BTreeMap<u32, BTreeMap<u64, Vec<u8>>>;
 
 fn new_store() -> (TempDir, Store) {
@@ -428,6 +430,7 @@ proptest! {
         for round in 0..2 {
             let mut part = store.part_writer(PartOptions::default()).unwrap();
             let (mut said, mut inherited) = (Memory::new(), Memory::new());
+            let mut gone = std::collections::BTreeSet::new();
             for id in 0..4 {
                 part.memory(MemoryId(id)).unwrap();
                 said.insert(id, BTreeMap::new());
@@ -455,6 +458,11 @@ proptest! {
                         let source = said[&3].clone();
                         said.get_mut(&id).unwrap().extend(pages.map(|n| (n, source[&(n + 7)].clone())));
                     }
+                    6 => {
+                        part.absent(MemoryId(id), first, count as u32).unwrap();
+                        object.retain(|n, _| !pages.contains(n));
+                        gone.extend((first..first + count).map(|n| (id, n)));
+                    }
                     _ => {
                         let Some((base, pages_of_base)) = &base else { continue };
                         let map = base.page_map(MemoryId(id)).unwrap();
@@ -467,7 +475,7 @@ proptest! {
             }
             for (id, object) in inherited {
                 let said = said.get_mut(&id).unwrap();
-                for (n, content) in object {
+                for (n, content) in object.into_iter().filter(|(n, _)| !gone.contains(&(id, *n))) {
                     said.entry(n).or_insert(content);
                 }
             }
@@ -503,6 +511,42 @@ proptest! {
         prop_assert_eq!(second.packs.len(), 0);
         prop_assert_eq!((second.data_pages, second.inherited_pages), (first.data_pages, first.data_pages));
         prop_assert!(read(&store, &second).unwrap() == objects);
+    }
+
+    /// Page by page, against the pages themselves.
+    #[test]
+    fn differences_are_those_of_the_pages(
+        first in proptest::collection::btree_map(
+            0u64..120, (any::<u8>(), 0u64..3).prop_map(|(kind, seed)| page(kind, seed)), 0..90),
+        second in proptest::collection::btree_map(
+            0u64..120, (any::<u8>(), 0u64..3).prop_map(|(kind, seed)| page(kind, seed)), 0..90),
+        with_base: bool,
+    ) {
+        let (_directory, store) = new_store();
+        let open = |part| store.open_part(&part).unwrap();
+        let old = open(write(&store, PartOptions::default(), &Memory::from([(0, first.clone())])));
+        let base = with_base.then(|| old.clone());
+        let new = PartOptions { base, compress: Compress::Zstd(3), ..Default::default() };
+        let new = open(write(&store, new, &Memory::from([(0, second.clone())])));
+        let mut wanted = PageDiff::default();
+        for number in 0..120 {
+            match (first.get(&number), second.get(&number)) {
+                (None, None) => {}
+                (Some(_), None) => wanted.removed += 1,
+                (None, Some(_)) => wanted.added += 1,
+                (Some(a), Some(b)) if a == b => wanted.same += 1,
+                _ => wanted.changed += 1,
+            }
+        }
+        let (a, b) = ((&old, MemoryId(0)), (&new, MemoryId(0)));
+        prop_assert_eq!(compare_pages(Some(a), Some(b)).unwrap(), wanted);
+        let all = PageDiff { removed: first.len() as u64, ..Default::default() };
+        prop_assert_eq!(compare_pages(Some(a), None).unwrap(), all);
+        let none = PageDiff { same: first.len() as u64, ..Default::default() };
+        prop_assert_eq!(compare_pages(Some(a), Some(a)).unwrap(), none);
+        prop_assert_eq!(stored_anew(&[&old], &[&old]).unwrap(), 0);
+        let data = new.page_map(MemoryId(0)).unwrap().iter().any(|run| run.source() != pages::Source::Zero);
+        prop_assert_eq!(stored_anew(&[], &[&new]).unwrap() > 0, data);
     }
 
     #[test]

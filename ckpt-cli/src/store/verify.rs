@@ -1,6 +1,6 @@
 //! Is a checkpoint whole?
 
-use super::{PartReader, Result, Store, StoreError, pack_reader::Unpacker};
+use super::{PartReader, Result, Store, StoreError, live::ChunkSet, pack_reader::Unpacker};
 use ckpt_common::image::{
     Digest,
     manifest::{Checkpoint, NodePart},
@@ -39,16 +39,17 @@ const PROBLEMS_PER_PACK: usize = 5;
 
 impl Store {
     /// Checks a checkpoint: every part and pack is there and has its name's hash, page maps lie
-    /// inside the packs, required records are known, connections have lost no byte; of the chunks,
-    /// `sample` percent (1 to 100), evenly spread, are read, hashed and unpacked.
+    /// inside the packs, required records are known, connections have lost no byte; of the chunks
+    /// that it uses, `sample` percent (1 to 100), evenly spread, are read, hashed and unpacked.
+    /// (Chunks that no checkpoint uses any more may have been pruned.)
     pub fn verify(&self, checkpoint: &Checkpoint, sample: u8) -> VerifyReport {
         let mut report = VerifyReport::default();
         let mut packs = BTreeMap::new();
         for node in &checkpoint.manifest.nodes {
             self.verify_part(node, &mut packs, &mut report);
         }
-        for (pack, node) in packs {
-            let Err(error) = self.verify_pack(pack, sample, &node, &mut report) else { continue };
+        for (pack, (node, live)) in packs {
+            let Err(error) = self.verify_pack(pack, &live, sample, &node, &mut report) else { continue };
             report.add(Some(&node), error);
         }
         for channel in &checkpoint.manifest.channels {
@@ -68,15 +69,26 @@ impl Store {
         report
     }
 
-    fn verify_part(&self, node: &NodePart, packs: &mut BTreeMap<Digest, String>, report: &mut VerifyReport) {
+    fn verify_part(
+        &self,
+        node: &NodePart,
+        packs: &mut BTreeMap<Digest, (String, ChunkSet)>,
+        report: &mut VerifyReport,
+    ) {
         let part = match self.open_part(&node.part) {
             Ok(part) => part,
             Err(error) => return report.add(Some(&node.name), error),
         };
         report.parts += 1;
-        for pack in part.packs().iter().copied().chain(node.part.packs.iter().map(|pack| pack.id)) {
-            packs.entry(pack).or_insert_with(|| node.name.clone());
+        let mut add = |pack: Digest, chunks: &ChunkSet| {
+            let entry = packs.entry(pack).or_insert_with(|| (node.name.clone(), ChunkSet::default()));
+            entry.1.add_all(chunks);
+        };
+        match part.live_chunks() {
+            Ok(live) => live.iter().for_each(|(&pack, chunks)| add(pack, chunks)),
+            Err(error) => report.add(Some(&node.name), error),
         }
+        node.part.packs.iter().for_each(|pack| add(pack.id, &ChunkSet::default()));
         if let Err(error) = part.check_known() {
             report.add(Some(&node.name), error);
         }
@@ -90,13 +102,21 @@ impl Store {
         }
     }
 
-    fn verify_pack(&self, id: Digest, sample: u8, node: &str, report: &mut VerifyReport) -> Result<()> {
+    fn verify_pack(
+        &self,
+        id: Digest,
+        live: &ChunkSet,
+        sample: u8,
+        node: &str,
+        report: &mut VerifyReport,
+    ) -> Result<()> {
         let pack = self.open_pack(id)?;
         let mut unpacker = Unpacker::new()?;
         report.packs += 1;
         let (mut bad, mut buffer) = (0, Vec::new());
         let every = u64::from(sample.clamp(1, 100));
-        for number in (0..pack.chunks().len()).filter(|&n| (n as u64 * every) % 100 < every) {
+        let live = (0..pack.chunks().len()).filter(|&number| live.contains(number as u32));
+        for (_, number) in live.enumerate().filter(|(n, _)| (*n as u64 * every) % 100 < every) {
             match pack.read(number, &mut unpacker, std::mem::take(&mut buffer), true) {
                 Ok(content) => {
                     report.chunks += 1;

@@ -34,7 +34,7 @@ pub struct Region {
 
 /// What to look for: pages whose categories contain all of `all` after `inverted` bits are flipped,
 /// and at least one of `any` (0: no such condition).
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Query {
     /// Categories that are compared inverted.
     pub inverted: u64,

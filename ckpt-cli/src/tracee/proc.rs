@@ -135,6 +135,20 @@ pub fn maps_with_flags(pid: i32) -> std::io::Result<Maps> {
     read(pid, "smaps")
 }
 
+/// Mappings with their flags, of a stopped process: from a look at them when it still ran, as far as they are the same.
+/// What `before` does not have is read now.
+pub fn maps_like_before(pid: i32, before: &Maps) -> std::io::Result<Maps> {
+    let mut now = maps(pid)?;
+    for map in &mut now {
+        let same = before.binary_search_by_key(&map.start, |known| known.start).ok().map(|at| &before[at]);
+        let Some(known) = same.filter(|known| Map { flags: map.flags, ..(*known).clone() } == *map) else {
+            return maps_with_flags(pid);
+        };
+        map.flags = known.flags;
+    }
+    Ok(now)
+}
+
 /// About how many bytes a copy of the process's memory takes: what is its own, and its share of shared memory.
 pub fn private_bytes(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();

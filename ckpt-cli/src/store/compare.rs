@@ -1,0 +1,187 @@
+//! What differs between two page maps.
+
+use super::{
+    PartReader, Result,
+    known::content,
+    live::LiveChunks,
+    pack_reader::{PackReader, Unpacker},
+};
+use ckpt_common::image::{
+    MemoryId, PAGE_SIZE,
+    pages::{PageRun, Source},
+};
+use std::{collections::VecDeque, sync::Arc};
+
+/// Unpacked chunks that are kept on each side.
+const KEPT: usize = 16;
+
+static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// Numbers of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageDiff {
+    /// Only the second has them.
+    pub added: u64,
+    /// Only the first has them.
+    pub removed: u64,
+    /// Both have them, with different content.
+    pub changed: u64,
+    /// Both have them, with the same content.
+    pub same: u64,
+}
+
+/// A memory object of a part.
+pub type Object<'a> = (&'a PartReader, MemoryId);
+
+/// Compares the pages of a memory object with those of another, or with none. Content is read only
+/// where both are not in the same place.
+pub fn compare_pages(old: Option<Object<'_>>, new: Option<Object<'_>>) -> Result<PageDiff> {
+    let mut diff = PageDiff::default();
+    let ((old, old_id), (new, new_id)) = match (old, new) {
+        (Some(old), Some(new)) => (old, new),
+        (old, new) => {
+            diff.removed = old.map_or(Ok(0), count)?;
+            diff.added = new.map_or(Ok(0), count)?;
+            return Ok(diff);
+        }
+    };
+    let (old_map, new_map) = (old.page_map(old_id)?, new.page_map(new_id)?);
+    let (mut old_side, mut new_side) = (Side::new(old)?, Side::new(new)?);
+    let (mut old_runs, mut new_runs) = (old_map.iter().peekable(), new_map.iter().peekable());
+    let mut at = 0;
+    loop {
+        while old_runs.next_if(|run| run.end() <= at).is_some() {}
+        while new_runs.next_if(|run| run.end() <= at).is_some() {}
+        // Up to the next place where either map has something else.
+        let next = |run: Option<&&PageRun>| {
+            run.map_or((u64::MAX, None), |run| match run.page.get() {
+                page if page > at => (page, None),
+                _ => (run.end(), Some(**run)),
+            })
+        };
+        let ((old_end, old), (new_end, new)) = (next(old_runs.peek()), next(new_runs.peek()));
+        let end = old_end.min(new_end);
+        match (old, new) {
+            (None, None) if end == u64::MAX => return Ok(diff),
+            (None, None) => {}
+            (Some(_), None) => diff.removed += end - at,
+            (None, Some(_)) => diff.added += end - at,
+            (Some(old), Some(new)) => {
+                for page in at..end {
+                    let [old, new] = [&old, &new].map(|run| Place::of(run, page));
+                    match same(&mut old_side, old, &mut new_side, new)? {
+                        true => diff.same += 1,
+                        false => diff.changed += 1,
+                    }
+                }
+            }
+        }
+        at = end;
+    }
+}
+
+fn count((part, id): Object<'_>) -> Result<u64> {
+    Ok(part.page_map(id)?.iter().map(|run| u64::from(run.count.get())).sum())
+}
+
+/// Bytes of the chunks that the second parts use and the first do not, as they are stored.
+pub fn stored_anew(old: &[&PartReader], new: &[&PartReader]) -> Result<u64> {
+    let live = |parts: &[&PartReader]| -> Result<LiveChunks> {
+        let mut all = LiveChunks::new();
+        for part in parts {
+            for (pack, chunks) in part.live_chunks()? {
+                all.entry(pack).or_default().add_all(&chunks);
+            }
+        }
+        Ok(all)
+    };
+    let (old, mut bytes) = (live(old)?, 0);
+    for (pack, chunks) in live(new)? {
+        let Some(part) = new.first() else { break };
+        let reader = part.store().open_pack(pack)?;
+        let old = old.get(&pack);
+        let anew = |number| chunks.contains(number) && !old.is_some_and(|old| old.contains(number));
+        let anew = (0..).zip(reader.chunks()).filter(|(number, _)| anew(*number));
+        bytes += anew.map(|(_, chunk)| chunk.stored() as u64).sum::<u64>();
+    }
+    Ok(bytes)
+}
+
+/// Where a page is; nowhere if it is full of zeros.
+#[derive(Clone, Copy)]
+struct Place(Option<(u32, u32, u16)>);
+
+impl Place {
+    fn of(run: &PageRun, number: u64) -> Self {
+        match run.source() {
+            Source::Zero => Self(None),
+            Source::Chunk { pack, chunk, page } => {
+                Self(Some((pack, chunk, page + (number - run.page.get()) as u16)))
+            }
+        }
+    }
+}
+
+fn same(old: &mut Side<'_>, a: Place, new: &mut Side<'_>, b: Place) -> Result<bool> {
+    if let (Some((pack, chunk, page)), Some((other, number, at))) = (a.0, b.0)
+        && page == at
+    {
+        let (pack, other) = (old.pack(pack, chunk, page)?, new.pack(other, number, at)?);
+        let [a, b] =
+            [(&pack, chunk), (&other, number)].map(|(pack, chunk)| pack.chunks().get(chunk as usize));
+        if a.map(content) == b.map(content) {
+            return Ok(true);
+        }
+    }
+    Ok((a.0.is_none() && b.0.is_none()) || old.page(a)? == new.page(b)?)
+}
+
+/// One of the two parts, with the chunks that were unpacked last.
+struct Side<'a> {
+    part: &'a PartReader,
+    kept: VecDeque<((u32, u32), Vec<u8>)>,
+    unpacker: Unpacker,
+    last: Option<(u32, Arc<PackReader>)>,
+}
+
+impl<'a> Side<'a> {
+    fn new(part: &'a PartReader) -> Result<Self> {
+        Ok(Self { part, kept: VecDeque::new(), unpacker: Unpacker::new()?, last: None })
+    }
+
+    /// A pack, after a check that it has the page.
+    fn pack(&mut self, pack: u32, chunk: u32, page: u16) -> Result<Arc<PackReader>> {
+        if let Some((number, reader)) = &self.last
+            && *number == pack
+            && reader
+                .chunks()
+                .get(chunk as usize)
+                .is_some_and(|chunk| usize::from(page) < chunk.raw() / PAGE_SIZE)
+        {
+            return Ok(reader.clone());
+        }
+        let reader = self.part.pack_of(pack, chunk, page, 1)?;
+        self.last = Some((pack, reader.clone()));
+        Ok(reader)
+    }
+
+    fn page(&mut self, place: Place) -> Result<&[u8]> {
+        let Some((pack, chunk, page)) = place.0 else { return Ok(&ZERO_PAGE) };
+        let reader = self.pack(pack, chunk, page)?;
+        let start = usize::from(page) * PAGE_SIZE;
+        let position = self.kept.iter().rposition(|(key, _)| *key == (pack, chunk));
+        let position = match position {
+            Some(position) => position,
+            None => {
+                let buffer = match self.kept.len() {
+                    KEPT.. => self.kept.pop_front().map_or_else(Vec::new, |(_, buffer)| buffer),
+                    _ => Vec::new(),
+                };
+                let content = reader.read(chunk as usize, &mut self.unpacker, buffer, false)?;
+                self.kept.push_back(((pack, chunk), content));
+                self.kept.len() - 1
+            }
+        };
+        Ok(&self.kept[position].1[start..start + PAGE_SIZE])
+    }
+}
