@@ -8,6 +8,7 @@ mod content;
 mod descriptors;
 mod files;
 mod grow;
+mod huge;
 mod layout;
 mod lazy;
 mod mappings;

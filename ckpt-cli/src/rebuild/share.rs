@@ -295,7 +295,16 @@ mod tests {
     }
 
     fn mapping(start: u64, end: u64) -> Mapping {
-        Mapping { start, end, prot: 3, backing: Backing::Anonymous, flags: 0, advice: Vec::new(), locked: 0 }
+        Mapping {
+            start,
+            end,
+            prot: 3,
+            backing: Backing::Anonymous,
+            flags: 0,
+            advice: Vec::new(),
+            locked: 0,
+            huge: false,
+        }
     }
 
     fn chunk(chunk: u32, page: u16) -> Source {
@@ -496,7 +505,16 @@ mod tests {
                         _ => Vec::new(),
                     };
                     let flags = if down { libc::MAP_NORESERVE } else { 0 };
-                    let new = Mapping { start, end: start + PAGE, prot, backing, flags, advice, locked: 0 };
+                    let new = Mapping {
+                        start,
+                        end: start + PAGE,
+                        prot,
+                        backing,
+                        flags,
+                        advice,
+                        locked: 0,
+                        huge: false,
+                    };
                     all.push((new, kind));
                 }
             }

@@ -3,7 +3,7 @@
 use super::files::Files;
 use super::seed::Inheritance;
 use super::share::{self, Plan, View};
-use super::{content, lazy, mappings, vdso};
+use super::{content, huge, lazy, mappings, vdso};
 use crate::store::PartReader;
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result};
@@ -190,6 +190,7 @@ impl<'a> Spaces<'a> {
         let all: Vec<usize> = (0..space.mappings.len()).collect();
         mappings::map(leader, space, &all, &pulled, inheritance)?;
         mappings::fields(leader, space, pulled.get(&space.exe).copied(), inheritance)?;
+        huge::prepare(leader, inheritance.layout, space, pages)?;
         content::fill(leader.pid, space, self.part, pages)?;
         vdso::rebuild(leader, space, inheritance)
     }
