@@ -2,4 +2,5 @@
 
 pub mod cluster;
 pub mod job;
+pub mod sharing;
 pub mod stream;

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use ckpt_tests::job::Job;
+use ckpt_tests::sharing::{physical_memory, store_equal_pages_once};
 use std::path::Path;
 use std::process::Command;
 
@@ -89,6 +90,65 @@ fn unix_sockets() -> Result<()> {
 #[test]
 fn waiting_calls_do_not_see_the_freeze() -> Result<()> {
     survives("calls")
+}
+
+/// A parent and its children share the pages that neither has written since, before and after.
+#[test]
+fn forked_children_share_memory() -> Result<()> {
+    let mut job = Job::new("family")?;
+    let program = build(&job, "family")?;
+    job.start(&[&program])?;
+    job.until_output("ready")?;
+    job.pause(100);
+    let before = physical_memory(job.pid())?;
+    ensure!(before < 160 << 20, "they did not share in the beginning: {before} bytes");
+    for _ in 0..2 {
+        job.dump(true)?;
+        store_equal_pages_once(&job.path("store"), "family")?;
+        job.restore()?;
+        job.pause(100);
+        let after = physical_memory(job.pid())?;
+        ensure!(after < before + (16 << 20), "{before} bytes of physical memory have become {after}");
+    }
+    job.signal(libc::SIGUSR1)?;
+    job.wait()?;
+    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
+    Ok(())
+}
+
+/// What was in huge pages comes back in huge pages, without advice that was never given.
+#[test]
+fn huge_pages_that_nobody_asked_for() -> Result<()> {
+    let mut job = Job::new("huge")?;
+    let program = build(&job, "huge")?;
+    job.start(&[&program])?;
+    job.until_output("ready")?;
+    job.pause(50);
+    let look = || -> Result<(u64, bool)> {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps", job.pid()))?;
+        let sizes = text.lines().filter_map(|line| line.strip_prefix("AnonHugePages:"));
+        let sizes = sizes.filter_map(|size| size.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        let mut flags = text.lines().filter(|line| line.starts_with("VmFlags:"));
+        Ok((sizes.sum(), flags.any(|flags| flags.contains(" hg") || flags.contains(" nh"))))
+    };
+    let before = look()?;
+    ensure!(before == (7 * 2048, false), "it has {before:?}");
+    for _ in 0..2 {
+        job.cycle()?;
+        // Neighbours that were whole, too, in small pages, may have become huge.
+        let (size, advice) = look()?;
+        ensure!((7 * 2048..12 * 2048).contains(&size) && !advice, "it has {size} kB, advice: {advice}");
+    }
+    job.signal(libc::SIGUSR1)?;
+    job.wait()?;
+    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
+    Ok(())
+}
+
+/// An image that stores the pages of each process for itself restores all the same.
+#[test]
+fn forked_children_without_common_pages() -> Result<()> {
+    survives("family")
 }
 
 /// The node of the restore has another vdso: the old code stays, its functions jump to the new ones. Forced, since all

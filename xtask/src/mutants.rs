@@ -121,16 +121,16 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "private pages",
-        "rebuild/mappings.rs",
-        "_ => memory::write(pid, at, piece),",
-        "_ => memory::write(pid, at, &piece[..piece.len() / 4096 * 4088]),",
+        "rebuild/content.rs",
+        "writable.push((at, part));",
+        "writable.push((at, &part[..part.len() / 4096 * 4088]));",
         MAPPINGS,
     ),
     mutant(
         "zero pages of a mapped file",
-        "rebuild/mappings.rs",
-        "RunData::Zero(_) => &vec![0; (until - at) as usize],",
-        "RunData::Zero(_) => &[],",
+        "rebuild/content.rs",
+        "if mapping.backing != Backing::Anonymous {",
+        "if false {",
         MAPPINGS,
     ),
     mutant(

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     capture,
-    memory::{cow::Way, dump as memory},
+    memory::{cow::Way, dump as memory, lazy::server},
     objects::{self, tcp::CaptureError},
     rebuild,
     store::{PartReader, PartWriter, Store},
@@ -36,6 +36,8 @@ impl Engine for LiveEngine {
         store: &Store,
     ) -> Result<(Box<dyn DumpSession>, PlanReport)> {
         check_privileges()?;
+        // What `restore --lazy` has not filled yet would look like memory that was never touched.
+        server::wait_for(pids)?;
         let options = &task.options;
         let way = match options.cow {
             CopyBeforeWrite::Auto => Way::Auto,
@@ -83,6 +85,7 @@ impl Engine for LiveEngine {
     ) -> Result<(Box<dyn RestoreSession>, RestoreReport)> {
         check_privileges()?;
         let mut rebuild = rebuild::Options {
+            lazy: options.lazy,
             pids: match options.pids {
                 PidPolicy::Same => rebuild::Pids::Same,
                 PidPolicy::Namespace => rebuild::Pids::Namespace,

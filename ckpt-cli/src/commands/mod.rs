@@ -4,6 +4,7 @@ mod completions;
 mod diff;
 mod doctor;
 mod dump;
+mod fill;
 mod interrupt;
 mod keep;
 mod ls;
@@ -80,6 +81,7 @@ enum Command {
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     Serve(serve::Arguments),
+    Fill(fill::Arguments),
     Keep(keep::Arguments),
 }
 
@@ -105,7 +107,7 @@ pub fn main() -> u8 {
 
 fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
     let global = &cli.global;
-    if !matches!(cli.command, Command::Serve(_)) {
+    if !matches!(cli.command, Command::Serve(_) | Command::Fill(_)) {
         log_to_stderr(log_filter(global.verbose));
     }
     match &cli.command {
@@ -119,6 +121,7 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),
         Command::Completions(arguments) => completions::run(arguments, ui),
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Fill(arguments) => fill::run(arguments),
         Command::Keep(arguments) => keep::run(arguments),
     }
 }

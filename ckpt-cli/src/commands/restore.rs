@@ -27,6 +27,9 @@ pub(super) struct Arguments {
     /// Bring what ran on node OLD back on node NEW
     #[arg(long, value_name = "OLD=NEW", value_parser = place)]
     place: Vec<(String, String)>,
+    /// Let the job run at once; its memory follows, what is needed first
+    #[arg(long)]
+    lazy: bool,
     /// Wait until the restored processes have ended
     #[arg(long)]
     wait: bool,
@@ -78,6 +81,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(),
         store: global.absolute_store()?,
         name: arguments.name.clone(),
         places: arguments.place.clone(),
+        lazy: arguments.lazy,
         nodes,
         pids: match arguments.pids {
             Pids::Same => PidPolicy::Same,

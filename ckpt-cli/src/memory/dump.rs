@@ -19,7 +19,7 @@ use crate::tracee::proc::{self, Maps};
 use anyhow::{Context as _, Result, ensure};
 use ckpt_common::image::manifest::PhaseTime;
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::time::{Duration, Instant};
 
@@ -195,6 +195,8 @@ impl MemoryDump {
 
     /// Looks at all processes, in as many short freezes as it takes.
     fn look(&mut self, pids: &[i32]) -> Result<()> {
+        // All of them may be more than one freeze has the time for.
+        let mut complete = BTreeSet::new();
         loop {
             for space in self.spaces.values_mut() {
                 if let Err(error) = space.register() {
@@ -203,7 +205,7 @@ impl MemoryDump {
             }
             let start = Instant::now();
             let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
-            let looked = self.look_at(&mut frozen, Instant::now() + LOOK);
+            let looked = self.look_at(&mut frozen, &mut complete, Instant::now() + LOOK);
             frozen.thaw().context("letting the job run on")?;
             self.took("look", start);
             if looked? {
@@ -212,15 +214,30 @@ impl MemoryDump {
         }
     }
 
-    fn look_at(&mut self, frozen: &mut Frozen, deadline: Instant) -> Result<bool> {
+    /// Looks at those that are not `complete` yet, until `deadline`; at one of them at least. Are all complete?
+    fn look_at(
+        &mut self,
+        frozen: &mut Frozen,
+        complete: &mut BTreeSet<i32>,
+        deadline: Instant,
+    ) -> Result<bool> {
         let mut finder = std::mem::take(&mut self.finder);
-        let mut complete = true;
+        let mut all = true;
         for process in frozen.processes.values_mut().filter(|process| !process.threads.is_empty()) {
+            if complete.contains(&process.pid) {
+                continue;
+            }
             let space = self.space(process.pid)?;
-            complete &= space.look(process, &mut finder, deadline)?;
+            match space.look(process, &mut finder, deadline)? {
+                true => drop(complete.insert(process.pid)),
+                false => all = false,
+            }
+            if !all && Instant::now() > deadline {
+                break;
+            }
         }
         self.finder = finder;
-        Ok(complete)
+        Ok(all)
     }
 
     /// Copies the current lists of the running job, by as much at a time as there is room for.

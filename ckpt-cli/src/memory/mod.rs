@@ -8,6 +8,7 @@ pub mod cow;
 pub mod dump;
 pub mod keeper;
 mod latest;
+pub mod lazy;
 pub mod lists;
 pub mod page_set;
 pub mod space;

@@ -397,7 +397,7 @@ impl Copy<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{PartOptions, RunData, Store};
+    use crate::store::{PartOptions, Store};
     use std::collections::BTreeMap;
 
     /// What a part has of an object.
@@ -407,20 +407,7 @@ mod tests {
         let mut part = store.part_writer(PartOptions::default()).unwrap();
         staging.declare(id, &mut part).unwrap();
         staging.save(&mut part).unwrap();
-        let reader = store.open_part(&part.finish().unwrap()).unwrap();
-        let mut all = BTreeMap::new();
-        reader
-            .for_each_run::<anyhow::Error>(id, |first, run| {
-                match run {
-                    RunData::Zero(n) => all.extend((first..first + n).map(|p| (p, vec![0; PAGE_SIZE]))),
-                    RunData::Data(data) => {
-                        all.extend((first..).zip(data.chunks_exact(PAGE_SIZE).map(<[u8]>::to_vec)))
-                    }
-                }
-                Ok(())
-            })
-            .unwrap();
-        all
+        store.open_part(&part.finish().unwrap()).unwrap().contents(id).unwrap()
     }
 
     /// Our own memory, in many small ranges and large ones, with and without prepared memory.

@@ -278,6 +278,7 @@ mod tests {
             inode: 0,
             path: String::new(),
             flags: procfs::process::VmFlags::empty(),
+            huge: false,
         }
     }
 

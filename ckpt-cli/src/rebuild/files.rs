@@ -2,7 +2,7 @@
 
 use super::{Network, Options, Stdio};
 use crate::objects::{self, RebuildContext, anonymous, epoll, memory_file, path_file, pipe, tcp, udp, unix};
-use crate::store::{PartReader, RunData};
+use crate::store::PartReader;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{
@@ -217,12 +217,14 @@ fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
 /// Writes a memory object into a file.
 fn fill(part: &PartReader, memory: MemoryId, file: &File) -> Result<()> {
     let size = file.metadata()?.len();
-    part.for_each_run::<anyhow::Error>(memory, |first, run| {
-        // A file that is new or was emptied is zero already.
-        let RunData::Data(data) = run else { return Ok(()) };
-        let at = first * PAGE_SIZE as u64;
-        let len = size.saturating_sub(at).min(data.len() as u64) as usize;
-        Ok(file.write_all_at(&data[..len], at)?)
+    // A file that is new or was emptied is zero already: only content is written.
+    part.scatter::<anyhow::Error>(&[part.page_map(memory)?], |pieces| {
+        for piece in pieces {
+            let at = piece.page * PAGE_SIZE as u64;
+            let len = size.saturating_sub(at).min(piece.data.len() as u64) as usize;
+            file.write_all_at(&piece.data[..len], at).context("writing a file's content")?;
+        }
+        Ok(())
     })
 }
 

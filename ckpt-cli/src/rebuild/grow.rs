@@ -6,6 +6,7 @@
 use super::layout::Layout;
 use super::mappings;
 use super::seed::{self, Inheritance};
+use super::spaces::Spaces;
 use super::tree::{self, Helper, Stub, Tree};
 use crate::sys::task;
 use crate::tracee::{Batch, Stopped, TraceeError};
@@ -16,11 +17,12 @@ use std::collections::BTreeMap;
 const CLONE_PARENT: u64 = libc::CLONE_PARENT as u64;
 
 /// State of the growth.
-pub(super) struct Grower<'a> {
+pub(super) struct Grower<'a, 's> {
     tree: Tree,
     seed: Option<Stopped>,
     inheritance: Inheritance,
     processes: BTreeMap<i32, &'a Process>,
+    spaces: &'a Spaces<'s>,
 }
 
 /// From whom a process is cloned.
@@ -36,9 +38,14 @@ fn wanted(process: &Process) -> bool {
     process.zombie.is_none() || process.ppid != 0
 }
 
-impl<'a> Grower<'a> {
+impl<'a, 's> Grower<'a, 's> {
     /// Makes a stub for every process.
-    pub(super) fn grow(processes: &'a [Process], layout: Layout, namespace: bool) -> Result<Tree> {
+    pub(super) fn grow(
+        processes: &'a [Process],
+        spaces: &'a Spaces<'s>,
+        layout: Layout,
+        namespace: bool,
+    ) -> Result<Tree> {
         // Above every descriptor of the job, and above the files that are mapped before there are any.
         let fds = processes.iter().flat_map(|p| &p.fds).map(|d| d.fd).max().unwrap_or(0);
         let mapped = processes.iter().map(|p| mappings::mapped(&p.mm).len()).max().unwrap_or(0);
@@ -54,6 +61,7 @@ impl<'a> Grower<'a> {
             seed: Some(seed.stub),
             inheritance: seed.inheritance,
             processes: processes.iter().filter(|p| wanted(p)).map(|p| (p.pid, p)).collect(),
+            spaces,
         };
         let grown = grower.all();
         let Self { mut tree, seed, .. } = grower;
@@ -104,12 +112,30 @@ impl<'a> Grower<'a> {
         }
     }
 
+    /// Clones a process. Where it shares memory with a stub that it comes from, that has its own by then.
     fn clone(&mut self, origin: Origin, pid: i32, flags: u64) -> Result<()> {
         let layout = self.tree.layout;
+        let holds = self.ready(origin, pid)?;
         let stopped = seed::clone_process(self.stopped(origin)?, layout, Some(pid), flags)?;
         let inheritance = self.inheritance.clone();
-        self.tree.stubs.insert(pid, Stub { inheritance, threads: vec![stopped] });
+        self.tree.stubs.insert(pid, Stub { inheritance, holds, threads: vec![stopped] });
         Ok(())
+    }
+
+    /// Makes the memory of the stub that process `pid` is going to be cloned from, if the two share some. Gives the
+    /// process whose memory a clone has.
+    fn ready(&mut self, origin: Origin, pid: i32) -> Result<Option<i32>> {
+        let from = match origin {
+            Origin::Seed => return Ok(None),
+            Origin::Helper(helper) => return Ok(self.tree.helpers.get(&helper).and_then(|h| h.holds)),
+            Origin::Stub(from) => from,
+        };
+        let spaces = self.spaces;
+        let stub = self.tree.stub(from)?;
+        if spaces.share(from, pid)? {
+            stub.prepare(spaces, from)?;
+        }
+        Ok(stub.holds)
     }
 
     fn call(&mut self, origin: Origin, name: &str, number: i64, args: &[u64]) -> Result<i64> {
@@ -157,9 +183,10 @@ impl<'a> Grower<'a> {
     /// that ends.
     fn orphan(&mut self, root: &'a Process, leader: i32) -> Result<()> {
         let layout = self.tree.layout;
+        let holds = self.ready(Origin::Stub(leader), root.pid)?;
         let between = seed::clone_process(self.stopped(Origin::Stub(leader))?, layout, None, 0)?;
         let key = between.pid;
-        self.tree.helpers.insert(key, Helper { stopped: between, parent: Some(leader) });
+        self.tree.helpers.insert(key, Helper { stopped: between, parent: Some(leader), holds });
         self.clone(Origin::Helper(key), root.pid, 0)?;
         // Its end makes the process an orphan; the leader reaps it when its signals are reset.
         self.below(root, root.sid)
@@ -176,7 +203,7 @@ impl<'a> Grower<'a> {
                 Err(e) if taken(&e) => seed::clone_process(seed, layout, None, CLONE_PARENT)?,
                 Err(e) => return Err(e),
             };
-            self.tree.helpers.insert(sid, Helper { stopped: helper, parent: None });
+            self.tree.helpers.insert(sid, Helper { stopped: helper, parent: None, holds: None });
             self.call(Origin::Helper(sid), "setsid", libc::SYS_setsid, &[])?;
         }
         Ok(Origin::Helper(sid))
@@ -187,8 +214,15 @@ impl<'a> Grower<'a> {
         let leads = process.sid == process.pid;
         let children: Vec<&'a Process> =
             self.processes.values().copied().filter(|p| p.ppid == process.pid).collect();
+        // Those that share nothing are cloned before there is memory that they would have to drop.
+        let mut children = children
+            .into_iter()
+            .map(|child| Ok((self.spaces.share(process.pid, child.pid)?, child)))
+            .collect::<Result<Vec<_>>>()?;
+        children.sort_by_key(|(share, _)| *share);
+        let children = children.into_iter().map(|(_, child)| child);
         let (older, newer): (Vec<_>, Vec<_>) =
-            children.into_iter().partition(|c| leads && c.sid != c.pid && c.sid != process.sid);
+            children.partition(|c| leads && c.sid != c.pid && c.sid != process.sid);
         for child in older {
             self.child(process, child, child.sid)?;
         }
@@ -232,7 +266,7 @@ impl<'a> Grower<'a> {
                 match seed::clone_process(member, layout, Some(group), 0) {
                     Ok(stopped) => {
                         let parent = Some(process.pid);
-                        self.tree.helpers.insert(group, Helper { stopped, parent });
+                        self.tree.helpers.insert(group, Helper { stopped, parent, holds: None });
                         self.call(Origin::Helper(group), "setpgid", libc::SYS_setpgid, &[0, 0])?;
                     }
                     Err(e) if taken(&e) => {

@@ -1,44 +1,26 @@
-//! The address space of a stub: mappings, their content, and the fields of `mm`.
+//! The address space of a stub: its mappings, and the fields of `mm`.
 
 use super::files::Files;
-use super::seed::Inheritance;
-use super::tree::Stub;
+use super::seed::{self, Inheritance};
+use super::share::Plan;
 use super::vdso;
-use crate::store::{PartReader, RunData};
-use crate::sys::memory;
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
-use ckpt_common::image::PAGE_SIZE;
 use ckpt_common::image::file::FileId;
-use ckpt_common::image::process::{AddressSpace, Backing, Mapping, Process};
+use ckpt_common::image::process::{AddressSpace, Backing};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
 
-/// Makes all mappings and fills them.
-pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files, part: &PartReader) -> Result<()> {
-    let space = &process.mm;
-    let inheritance = stub.inheritance.clone();
-    let leader = stub.leader()?;
-    let pulled = pull(leader, space, files, &inheritance)?;
-    map(leader, space, &pulled, &inheritance)?;
-    fields(leader, space, &pulled, &inheritance)?;
-    fill(leader.pid, space, part)?;
-    vdso::rebuild(leader, space, &inheritance)
-}
-
-/// Takes every mapped file into the stub's empty descriptor table: the n-th gets number n.
-fn pull(
+/// Takes files into the stub's empty descriptor table, each to its number there.
+pub(super) fn pull(
     leader: &mut Stopped,
-    space: &AddressSpace,
+    wanted: &BTreeMap<FileId, u64>,
     files: &Files,
     inheritance: &Inheritance,
 ) -> Result<BTreeMap<FileId, u64>> {
-    let pulled = mapped(space);
-    let mut order: Vec<(u64, FileId)> = pulled.iter().map(|(id, number)| (*number, *id)).collect();
+    let mut order: Vec<(u64, FileId)> = wanted.iter().map(|(id, number)| (*number, *id)).collect();
     order.sort_unstable();
     let mut batch = Batch::new(inheritance.layout.arena);
     for (_, id) in order {
@@ -51,29 +33,38 @@ fn pull(
         leader.flush(&mut batch)?;
     }
     leader.run(batch, false)?.all_ok()?;
-    Ok(pulled)
+    Ok(wanted.clone())
 }
 
-/// The executable and the mapped files, with the number each gets in the stub's empty descriptor table.
-pub(super) fn mapped(space: &AddressSpace) -> BTreeMap<FileId, u64> {
-    let mut numbers = BTreeMap::from([(space.exe, 0)]);
-    for mapping in &space.mappings {
-        if let Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } = mapping.backing {
-            let next = numbers.len() as u64;
-            numbers.entry(file).or_insert(next);
-        }
+/// Files, with the number each gets in the stub's empty descriptor table: the n-th gets n.
+pub(super) fn numbered(files: impl Iterator<Item = FileId>) -> BTreeMap<FileId, u64> {
+    let mut numbers = BTreeMap::new();
+    for file in files {
+        let next = numbers.len() as u64;
+        numbers.entry(file).or_insert(next);
     }
     numbers
 }
 
-fn map(
+/// The executable and the mapped files, numbered.
+pub(super) fn mapped(space: &AddressSpace) -> BTreeMap<FileId, u64> {
+    let files = space.mappings.iter().filter_map(|mapping| match mapping.backing {
+        Backing::PrivateFile { file, .. } | Backing::SharedFile { file, .. } => Some(file),
+        _ => None,
+    });
+    numbered([space.exe].into_iter().chain(files))
+}
+
+/// Makes those of the mappings.
+pub(super) fn map(
     leader: &mut Stopped,
     space: &AddressSpace,
+    which: &[usize],
     pulled: &BTreeMap<FileId, u64>,
     inheritance: &Inheritance,
 ) -> Result<()> {
     let mut batch = Batch::new(inheritance.layout.arena);
-    for mapping in &space.mappings {
+    for mapping in which.iter().filter_map(|index| space.mappings.get(*index)) {
         let size = mapping.end.checked_sub(mapping.start).context("a mapping ends before it begins")?;
         let (flags, fd, offset) = match &mapping.backing {
             Backing::Kernel { .. } => continue,
@@ -93,11 +84,42 @@ fn map(
     Ok(leader.run(batch, false)?.all_ok()?)
 }
 
-/// `struct prctl_mm_map` (linux/prctl.h): the fields, the auxiliary vector, the executable.
-fn fields(
+/// Changes the mappings of a clone, up to those that have to be made.
+pub(super) fn change(leader: &mut Stopped, plan: &Plan, inheritance: &Inheritance) -> Result<()> {
+    let mut batch = Batch::new(inheritance.layout.arena);
+    for range in &plan.unmap {
+        let name = format!("unmapping {:x}-{:x}", range.start, range.end);
+        batch.call(name, libc::SYS_munmap, &[range.start, range.end - range.start]);
+        leader.flush(&mut batch)?;
+    }
+    for (range, prot) in &plan.protect {
+        let name = format!("protecting {:x}-{:x}", range.start, range.end);
+        batch.call(name, libc::SYS_mprotect, &[range.start, range.end - range.start, *prot as u64]);
+        leader.flush(&mut batch)?;
+    }
+    for (range, end) in &plan.grow {
+        let name = format!("extending {:x}-{:x} to {end:x}", range.start, range.end);
+        let args = [range.start, range.end - range.start, end - range.start, 0];
+        batch.call(name, libc::SYS_mremap, &args);
+        leader.flush(&mut batch)?;
+    }
+    Ok(leader.run(batch, false)?.all_ok()?)
+}
+
+/// Takes everything of `space` out of a clone again.
+pub(super) fn empty(leader: &mut Stopped, space: &AddressSpace, inheritance: &Inheritance) -> Result<()> {
+    let mut batch = Batch::new(inheritance.layout.arena);
+    vdso::park(&mut batch, space, inheritance);
+    seed::unmap_all(&mut batch, inheritance.layout);
+    leader.run(batch, false)?.all_ok().context("emptying a clone")
+}
+
+/// `struct prctl_mm_map` (linux/prctl.h): the fields, the auxiliary vector, and where it changes the executable, by its
+/// number in the descriptor table. Closes what was pulled.
+pub(super) fn fields(
     leader: &mut Stopped,
     space: &AddressSpace,
-    pulled: &BTreeMap<FileId, u64>,
+    exe: Option<u64>,
     inheritance: &Inheritance,
 ) -> Result<()> {
     let mut batch = Batch::new(inheritance.layout.arena);
@@ -107,50 +129,11 @@ fn fields(
         map.extend_from_slice(&word.to_ne_bytes());
     }
     map.extend_from_slice(&(space.auxv.len() as u32).to_ne_bytes());
-    map.extend_from_slice(&(pulled[&space.exe] as u32).to_ne_bytes());
+    map.extend_from_slice(&exe.map_or(u32::MAX, |number| number as u32).to_ne_bytes());
     let at = batch.bytes(&map);
     batch.call("prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0]);
     batch.call("closing mapped files", libc::SYS_close_range, &[0, inheritance.restorer as u64 - 1, 0]);
     Ok(leader.run(batch, false)?.all_ok()?)
-}
-
-/// Writes the pages, and locks what was locked.
-fn fill(pid: i32, space: &AddressSpace, part: &PartReader) -> Result<()> {
-    let mem =
-        File::options().write(true).open(format!("/proc/{pid}/mem")).context("opening the stub's memory")?;
-    part.for_each_run::<anyhow::Error>(space.memory, |first, run| {
-        let (mut at, end) = match run {
-            RunData::Zero(pages) => (first * PAGE_SIZE as u64, (first + pages) * PAGE_SIZE as u64),
-            RunData::Data(data) => (first * PAGE_SIZE as u64, first * PAGE_SIZE as u64 + data.len() as u64),
-        };
-        let begin = at;
-        while at < end {
-            let mapping = find(&space.mappings, at)
-                .with_context(|| format!("the image has memory at {at:#x}, where nothing is mapped"))?;
-            let until = end.min(mapping.end);
-            let piece = match run {
-                RunData::Data(data) => &data[(at - begin) as usize..(until - begin) as usize],
-                // Fresh anonymous memory is zero; a private page of a file is not.
-                RunData::Zero(_) if mapping.backing == Backing::Anonymous => &[],
-                RunData::Zero(_) => &vec![0; (until - at) as usize],
-            };
-            if !piece.is_empty() {
-                match mapping.prot & libc::PROT_WRITE {
-                    // Not writable for the program, and so for process_vm_writev(2); /proc/PID/mem does not mind.
-                    0 => mem.write_all_at(piece, at),
-                    _ => memory::write(pid, at, piece),
-                }
-                .with_context(|| format!("filling memory at {at:#x}"))?;
-            }
-            at = until;
-        }
-        Ok(())
-    })
-}
-
-fn find(mappings: &[Mapping], address: u64) -> Option<&Mapping> {
-    let at = mappings.partition_point(|m| m.end <= address);
-    mappings.get(at).filter(|m| m.start <= address)
 }
 
 /// Locks what was mlock(2)ed, once the content is there.

@@ -4,18 +4,24 @@
 //! nothing is made), *build* (stub processes with their PIDs, kernel objects, memory), *connect* (sockets), *release*.
 //! Dropping a session before the release kills what was built.
 
+mod content;
 mod descriptors;
 mod files;
 mod grow;
+mod huge;
 mod layout;
+mod lazy;
 mod mappings;
 mod plan;
 mod process;
 mod seed;
+mod share;
+mod spaces;
 mod thread;
 mod tree;
 mod vdso;
 
+use crate::memory::lazy::server;
 use crate::network::addresses::AddressMap;
 use crate::objects;
 use crate::store::PartReader;
@@ -38,6 +44,8 @@ pub struct Options {
     pub stdio: Stdio,
     /// Directory for the log files of `Stdio::Log`.
     pub log_directory: PathBuf,
+    /// Let the processes run before all of their memory is there.
+    pub lazy: bool,
 }
 
 /// `--pids`.
@@ -131,13 +139,20 @@ impl Session {
         let files = files::Files::rebuild(&self.part, &self.files, &self.processes, &self.options, network)?;
         let layout = layout::Layout::choose(&self.processes)?;
         // Kept from here on: what exists is killed when this session is dropped.
-        let tree = self.tree.insert(tree::Tree::grow(&self.processes, layout, self.namespace)?);
+        let spaces = spaces::Spaces::new(&self.processes, &self.files, &files, &self.part, self.options.lazy);
+        let tree = self.tree.insert(tree::Tree::grow(&self.processes, &spaces, layout, self.namespace)?);
+        let mut incomplete = Vec::new();
         for process in self.processes.iter().filter(|p| p.zombie.is_none()) {
             let stub = tree.stub(process.pid)?;
-            process::rebuild(stub, process, &files, &self.part, layout)
+            let rest = process::rebuild(stub, process, &files, &spaces, layout)
                 .with_context(|| format!("rebuilding process {} ({})", process.pid, process.exe))?;
+            incomplete.extend(rest);
         }
         files.seal()?;
+        if !incomplete.is_empty() {
+            let log = (self.options.stdio == Stdio::Log).then_some(self.options.log_directory.as_path());
+            server::start(&self.part, &incomplete, log)?;
+        }
         self.built = Some(files);
         Ok(())
     }

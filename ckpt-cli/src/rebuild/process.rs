@@ -2,13 +2,16 @@
 
 use super::files::Files;
 use super::layout::Layout;
+use super::spaces::Spaces;
 use super::tree::Stub;
 use super::{descriptors, mappings, seed, thread};
-use crate::store::PartReader;
-use crate::sys::task;
+use crate::memory::lazy::{Space, server};
+use crate::sys::userfaultfd::Userfaultfd;
+use crate::sys::{pidfd, task};
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{PosixTimer, Process, SigInfo};
+use std::os::fd::AsFd;
 
 const SIGNALS: i32 = 64;
 // prctl(2)
@@ -17,15 +20,20 @@ const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_THP_DISABLE: u64 = 41;
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 
-/// Rebuilds everything of the process but its registers.
+/// Rebuilds everything of the process but its registers. Gives what is to follow of its memory.
 pub(super) fn rebuild(
     stub: &mut Stub,
     process: &Process,
     files: &Files,
-    part: &PartReader,
+    spaces: &Spaces<'_>,
     layout: Layout,
-) -> Result<()> {
-    mappings::rebuild(stub, process, files, part).context("rebuilding the address space")?;
+) -> Result<Option<Space>> {
+    let (inheritance, holds) = (stub.inheritance.clone(), stub.holds);
+    let later = spaces
+        .finish(stub.leader()?, &inheritance, holds, process.pid)
+        .context("rebuilding the address space")?;
+    // Made while it may: the process's own credentials come later.
+    let uffd = if later.is_empty() { None } else { Some(userfaultfd(stub.leader()?, layout)?) };
     descriptors::rebuild(stub, process, files).context("rebuilding the descriptor table")?;
     attributes(stub.leader()?, process, layout)?;
     for record in process.threads.iter().skip(1) {
@@ -54,7 +62,26 @@ pub(super) fn rebuild(
         stopped.avoid_bells(waiting);
         thread::queue(stopped, &record.pending, false, layout).context("queueing a thread's signals")?;
     }
-    thread::queue(stub.leader()?, &process.pending, true, layout).context("queueing the process's signals")
+    thread::queue(stub.leader()?, &process.pending, true, layout)
+        .context("queueing the process's signals")?;
+    let Some(uffd) = uffd else { return Ok(None) };
+    // From here on, whoever touches what is missing waits.
+    server::register(&uffd, &later)?;
+    Ok(Some(Space { uffd, pid: stub.leader()?.pid, memory: process.mm.memory, ranges: later }))
+}
+
+/// A userfaultfd for the address space of a stub, which has no descriptors yet.
+fn userfaultfd(leader: &mut Stopped, layout: Layout) -> Result<Userfaultfd> {
+    let mut batch = Batch::new(layout.arena);
+    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+    let call = batch.call("userfaultfd", libc::SYS_userfaultfd, &[flags]);
+    let number = leader.run(batch, false)?.result(call)?;
+    let process = pidfd::open(leader.pid).context("opening a pidfd")?;
+    let taken = pidfd::getfd(process.as_fd(), number as i32).context("taking a userfaultfd")?;
+    let mut batch = Batch::new(layout.arena);
+    batch.call("closing the userfaultfd", libc::SYS_close, &[number as u64]);
+    leader.run(batch, false)?.all_ok()?;
+    Ok(taken.into())
 }
 
 fn signal(info: &SigInfo) -> Option<i32> {

@@ -140,9 +140,7 @@ fn empty(stub: &mut Stopped, maps: &proc::Maps, inheritance: &mut Inheritance) -
         );
         inheritance.parked.push(Parked { name: map.path.clone(), start, size: map.size() });
     }
-    let (low, high) = layout.range();
-    batch.call("unmapping what lies below", libc::SYS_munmap, &[BEGIN, low - BEGIN]);
-    batch.call("unmapping what lies above", libc::SYS_munmap, &[high, END - high]);
+    unmap_all(&mut batch, layout);
     let restorer = inheritance.restorer as u64;
     batch.call("closing descriptors", libc::SYS_close_range, &[0, restorer - 1, 0]);
     batch.call("closing descriptors", libc::SYS_close_range, &[restorer + 1, u64::from(u32::MAX), 0]);
@@ -152,6 +150,13 @@ fn empty(stub: &mut Stopped, maps: &proc::Maps, inheritance: &mut Inheritance) -
         crate::sys::memory::read(stub.pid, vdso.start, &mut inheritance.vdso).context("reading the vdso")?;
     }
     Ok(())
+}
+
+/// Unmaps everything but the arena and what is parked behind it.
+pub(super) fn unmap_all(batch: &mut Batch, layout: Layout) {
+    let (low, high) = layout.range();
+    batch.call("unmapping what lies below", libc::SYS_munmap, &[BEGIN, low - BEGIN]);
+    batch.call("unmapping what lies above", libc::SYS_munmap, &[high, END - high]);
 }
 
 /// Clones a process from a stub: its child, or with `CLONE_PARENT` in `flags` its sibling.

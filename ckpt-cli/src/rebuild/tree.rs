@@ -3,6 +3,7 @@
 use super::grow::Grower;
 use super::layout::Layout;
 use super::seed::Inheritance;
+use super::spaces::Spaces;
 use super::thread;
 use crate::sys::{pidfd, ptrace};
 use crate::tracee::healing::Finder;
@@ -16,11 +17,24 @@ use std::os::fd::AsFd;
 pub(super) struct Stub {
     /// What it inherited.
     pub(super) inheritance: Inheritance,
+    /// The process whose memory it has; `None`: it is empty.
+    pub(super) holds: Option<i32>,
     /// Its threads.
     pub(super) threads: Vec<Stopped>,
 }
 
 impl Stub {
+    /// Gives it the memory of process `pid`, which it stands for, so that others can be cloned from it.
+    pub(super) fn prepare(&mut self, spaces: &Spaces<'_>, pid: i32) -> Result<()> {
+        if self.holds != Some(pid) {
+            let (inheritance, holds) = (self.inheritance.clone(), self.holds);
+            let built = spaces.prepare(self.leader()?, &inheritance, holds, pid);
+            built.with_context(|| format!("preparing the address space of process {pid}"))?;
+            self.holds = Some(pid);
+        }
+        Ok(())
+    }
+
     /// The leader.
     pub(super) fn leader(&mut self) -> Result<&mut Stopped> {
         self.threads.first_mut().context("the stub has no thread")
@@ -33,6 +47,8 @@ pub(super) struct Helper {
     pub(super) stopped: Stopped,
     /// The stub whose child it is, and who must reap it; `None` for the parent of all.
     pub(super) parent: Option<i32>,
+    /// The process whose memory it has; `None`: it is empty.
+    pub(super) holds: Option<i32>,
 }
 
 /// All stubs. Dropping it kills them.
@@ -46,9 +62,14 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// Makes a stub for every process.
-    pub(super) fn grow(processes: &[Process], layout: Layout, namespace: bool) -> Result<Self> {
-        Grower::grow(processes, layout, namespace)
+    /// Makes a stub for every process, and the memory of those whose children share it.
+    pub(super) fn grow(
+        processes: &[Process],
+        spaces: &Spaces<'_>,
+        layout: Layout,
+        namespace: bool,
+    ) -> Result<Self> {
+        Grower::grow(processes, spaces, layout, namespace)
     }
 
     /// The stub of a process.

@@ -69,6 +69,18 @@ pub(super) fn rebuild(leader: &mut Stopped, space: &AddressSpace, inheritance: &
     mem.write_all_at(&code, old.start).context("writing the old vdso")
 }
 
+/// Moves what [`rebuild`] has moved back to where it was parked.
+pub(super) fn park(batch: &mut Batch, space: &AddressSpace, inheritance: &Inheritance) {
+    if !same(space, inheritance) {
+        return;
+    }
+    let flags = (libc::MREMAP_FIXED | libc::MREMAP_MAYMOVE) as u64;
+    for ((name, old), parked) in kernel_mappings(space).iter().zip(&inheritance.parked) {
+        let args = [old.start, parked.size, parked.size, flags, parked.start];
+        batch.call(format!("moving {name} away"), libc::SYS_mremap, &args);
+    }
+}
+
 fn functions(image: &[u8]) -> Result<BTreeMap<String, u64>> {
     let elf = Elf::parse(image).context("parsing a vdso")?;
     let named = elf.dynsyms.iter().filter(|s| s.st_value != 0 && s.is_function());

@@ -38,16 +38,18 @@ mod part_reader;
 mod part_writer;
 mod prune;
 mod refs;
+mod scatter;
 mod verify;
 
 pub use compare::{Object, PageDiff, compare_pages, stored_anew};
 pub use dump::{Dump, DumpId};
 pub use error::{Result, StoreError};
 pub use locks::Hold;
-pub use part_reader::{PartReader, RunData};
+pub use part_reader::PartReader;
 pub use part_writer::{Compress, FAST, PartOptions, PartWriter, Watch};
 pub use prune::PruneReport;
 pub use refs::JobName;
+pub use scatter::{Piece, Unpacking};
 pub use verify::{Problem, VerifyReport};
 
 use ckpt_common::image::{Digest, FormatError, manifest::Checkpoint};

@@ -77,15 +77,7 @@ fn read(store: &Store, part: &PartRef) -> Result<Memory> {
     part.check_known()?;
     let mut memory = Memory::new();
     for id in part.memories() {
-        let object = memory.entry(id.0).or_default();
-        part.for_each_run(id, |first, data| {
-            let pages: Vec<_> = match data {
-                RunData::Zero(count) => (0..count).map(|_| vec![0; PAGE_SIZE]).collect(),
-                RunData::Data(data) => data.chunks(PAGE_SIZE).map(<[u8]>::to_vec).collect(),
-            };
-            object.extend((first..).zip(pages));
-            Ok::<_, StoreError>(())
-        })?;
+        memory.insert(id.0, part.contents(id)?);
     }
     Ok(memory)
 }

@@ -7,6 +7,7 @@ pub mod batch_code;
 pub mod bpf_object;
 pub mod clone;
 pub mod cpu;
+pub mod fork;
 pub mod guard;
 pub mod ioctl;
 pub mod kcmp;
@@ -19,6 +20,7 @@ pub mod socket;
 pub mod task;
 pub mod unix_socket;
 pub mod userfaultfd;
+pub mod vm_write;
 pub mod write_behind;
 
 use std::io;

@@ -9,6 +9,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 pub mod feature {
     /// Write protection, and its flag in messages (since Linux 5.7).
     pub const PAGEFAULT_FLAG_WP: u64 = 1;
+    /// fork(2) waits until its event is read, and the child is registered as its parent is.
+    pub const EVENT_FORK: u64 = 1 << 1;
+    /// mremap(2) waits until its event is read.
+    pub const EVENT_REMAP: u64 = 1 << 2;
+    /// madvise(2) waits until the event of `MADV_DONTNEED` or `MADV_REMOVE` is read.
+    pub const EVENT_REMOVE: u64 = 1 << 3;
+    /// munmap(2) waits until its event is read.
+    pub const EVENT_UNMAP: u64 = 1 << 6;
     /// Write protection of shared memory (since Linux 5.19).
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     /// Pages that were never touched can be protected, too (since Linux 6.4).
@@ -43,8 +51,12 @@ const UFFDIO_ZEROPAGE: libc::c_ulong = ioctl(READ_WRITE, 4, 32);
 const UFFDIO_WRITEPROTECT: libc::c_ulong = ioctl(READ_WRITE, 6, 24);
 /// `UFFD_API`
 const API: u64 = 0xaa;
-/// `UFFD_EVENT_PAGEFAULT`
+/// `UFFD_EVENT_*`
 const EVENT_PAGEFAULT: u8 = 0x12;
+const EVENT_FORK: u8 = 0x13;
+const EVENT_REMAP: u8 = 0x14;
+const EVENT_REMOVE: u8 = 0x15;
+const EVENT_UNMAP: u8 = 0x16;
 /// Size of `struct uffd_msg`.
 const MESSAGE: usize = 32;
 
@@ -55,6 +67,31 @@ pub struct Fault {
     pub flags: u64,
     /// Where.
     pub address: u64,
+}
+
+/// What happens in the address space. All but a fault only with their [`feature`]s.
+#[derive(Debug)]
+pub enum Event {
+    /// A page is missing, or protected.
+    Fault(Fault),
+    /// There is a child, with a userfaultfd of its own.
+    Fork(Userfaultfd),
+    /// So many bytes were moved.
+    Remap {
+        /// From this address.
+        from: u64,
+        /// To this one.
+        to: u64,
+        /// So many.
+        len: u64,
+    },
+    /// The pages of a range were dropped (its mapping stays), or its mapping.
+    Gone {
+        /// First address.
+        start: u64,
+        /// First address behind.
+        end: u64,
+    },
 }
 
 /// Opens `/dev/userfaultfd`: whoever holds it may make userfaultfds that see faults of the kernel, too,
@@ -163,6 +200,18 @@ impl Userfaultfd {
     /// # Errors
     /// The kernel's.
     pub fn faults(&self) -> io::Result<Vec<Fault>> {
+        let faults = self.events()?.into_iter().filter_map(|event| match event {
+            Event::Fault(fault) => Some(fault),
+            _ => None,
+        });
+        Ok(faults.collect())
+    }
+
+    /// What has happened, in order, at most some dozens; nothing if nothing has (the descriptor does not block).
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn events(&self) -> io::Result<Vec<Event>> {
         let mut messages = [0_u8; MESSAGE * 64];
         // SAFETY: the kernel writes at most as many bytes as the buffer has.
         let n = unsafe { libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), messages.len()) };
@@ -171,9 +220,22 @@ impl Userfaultfd {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
-        // struct uffd_msg: event u8, 7 bytes; flags u64, address u64, thread u32
-        let word = |m: &[u8], at: usize| u64::from_ne_bytes(m[at..at + 8].try_into().unwrap_or_default());
-        let faults = messages[..n].chunks_exact(MESSAGE).filter(|m| m[0] == EVENT_PAGEFAULT);
-        Ok(faults.map(|m| Fault { flags: word(m, 8), address: word(m, 16) }).collect())
+        // struct uffd_msg: event u8, 7 bytes; up to three words
+        let events = messages[..n].chunks_exact(MESSAGE).filter_map(|message| {
+            let word = |i: usize| {
+                let bytes = &message[8 + 8 * i..16 + 8 * i];
+                u64::from_ne_bytes(bytes.try_into().unwrap_or_default())
+            };
+            Some(match message[0] {
+                // flags, address, thread u32
+                EVENT_PAGEFAULT => Event::Fault(Fault { flags: word(0), address: word(1) }),
+                // A descriptor that the read has just made, and that nobody else owns.
+                EVENT_FORK => Event::Fork(super::unix_socket::own(word(0) as u32 as i32).into()),
+                EVENT_REMAP => Event::Remap { from: word(0), to: word(1), len: word(2) },
+                EVENT_REMOVE | EVENT_UNMAP => Event::Gone { start: word(0), end: word(1) },
+                _ => return None,
+            })
+        });
+        Ok(events.collect())
     }
 }

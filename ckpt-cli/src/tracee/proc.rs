@@ -26,6 +26,8 @@ pub struct Map {
     pub path: String,
     /// `VmFlags` (only from smaps).
     pub flags: VmFlags,
+    /// Are there transparent huge pages of private memory (only from smaps)?
+    pub huge: bool,
 }
 
 impl Map {
@@ -99,6 +101,7 @@ fn header(line: &str) -> Option<Map> {
         inode,
         path: rest.trim_start_matches(' ').to_owned(),
         flags: VmFlags::empty(),
+        huge: false,
     })
 }
 
@@ -112,6 +115,8 @@ fn parse(text: &str) -> Maps {
         } else if let (Some(names), Some(map)) = (line.strip_prefix("VmFlags:"), maps.last_mut()) {
             let flag = |name: &str| FLAGS.iter().find(|(known, _)| *known == name).map(|(_, flag)| *flag);
             map.flags = names.split_ascii_whitespace().filter_map(flag).collect();
+        } else if let (Some(size), Some(map)) = (line.strip_prefix("AnonHugePages:"), maps.last_mut()) {
+            map.huge = size.trim() != "0 kB";
         }
     }
     // The page of old-style system calls is the same in every process and cannot be moved or unmapped.
@@ -141,10 +146,12 @@ pub fn maps_like_before(pid: i32, before: &Maps) -> std::io::Result<Maps> {
     let mut now = maps(pid)?;
     for map in &mut now {
         let same = before.binary_search_by_key(&map.start, |known| known.start).ok().map(|at| &before[at]);
-        let Some(known) = same.filter(|known| Map { flags: map.flags, ..(*known).clone() } == *map) else {
+        let Some(known) =
+            same.filter(|known| Map { flags: map.flags, huge: map.huge, ..(*known).clone() } == *map)
+        else {
             return maps_with_flags(pid);
         };
-        map.flags = known.flags;
+        (map.flags, map.huge) = (known.flags, known.huge);
     }
     Ok(now)
 }
@@ -210,8 +217,10 @@ mod tests {
     const SMAPS: &str = "\
 7f0000000000-7f0000003000 rw-s 00001000 08:1f 77                         /tmp/a  b (deleted)
 Size:                 12 kB
+AnonHugePages:      2048 kB
 VmFlags: rd wr sh mr mw me ms nh sd
 7f0000004000-7f0000005000 ---p 00000000 00:00 0 
+AnonHugePages:         0 kB
 VmFlags: mr mw me gd nr sd
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 VmFlags: ex
@@ -230,6 +239,7 @@ VmFlags: ex
         assert_eq!((first.prot, first.shared), (libc::PROT_READ | libc::PROT_WRITE, true));
         assert_eq!(first.flags, VmFlags::MW | VmFlags::NH);
         let second = &maps[1];
+        assert!(first.huge && !second.huge);
         assert_eq!((second.prot, second.shared, second.path.as_str()), (0, false, ""));
         assert_eq!(second.flags, VmFlags::MW | VmFlags::GD | VmFlags::NR);
     }

@@ -114,6 +114,7 @@ pub(crate) fn restore(words: &[String]) {
         places,
         nodes: None,
         pids: PidPolicy::Auto,
+        lazy: false,
         stdio: StdioChoice::Null,
     };
     let outcome = with_context(|context| coordinator::restore(&request, context));

@@ -242,6 +242,9 @@ pub struct Mapping {
     pub advice: Vec<i32>,
     /// mlock(2)ed: 0 no, 1 locked, 2 locked on fault.
     pub locked: u8,
+    /// Had it transparent huge pages?
+    #[serde(default)]
+    pub huge: bool,
 }
 
 /// What a mapping shows.

@@ -24,6 +24,8 @@ pub struct RestoreTask {
 pub struct RestoreOptions {
     /// Which PIDs the processes get.
     pub pids: PidPolicy,
+    /// Do the processes run before their memory is complete?
+    pub lazy: bool,
     /// Where standard streams go that led out of the job.
     pub stdio: Stdio,
     /// Kinds of things outside the job that may come back closed or disconnected: as at the dump.

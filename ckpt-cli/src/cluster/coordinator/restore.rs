@@ -31,6 +31,8 @@ pub struct RestoreRequest {
     pub nodes: Option<Vec<String>>,
     /// Which PIDs the processes get.
     pub pids: PidPolicy,
+    /// Do the processes run before their memory is complete?
+    pub lazy: bool,
     /// Where standard streams go that led out of the job.
     pub stdio: StdioChoice,
 }
@@ -159,6 +161,7 @@ impl Run<'_> {
                 part: manifest.nodes[node].part.clone(),
                 options: RestoreOptions {
                     pids: self.request.pids,
+                    lazy: self.request.lazy,
                     stdio: stdio(node),
                     allow: manifest.options.allow.clone(),
                 },

@@ -1,0 +1,197 @@
+//! `ckpt fill`: the process that fills the memory of a restored job and ends when it is complete.
+//!
+//! The restore starts it with a socket as its standard input and hands over what there is to do: a [`Task`], and then,
+//! with one byte each, the userfaultfds. It answers with one byte when it serves them, and only then is the job let go.
+//! Who wants to know when the memory of a process is complete, such as a dump, connects to the address of the process
+//! ([`wait_for`]) and reads up to the end.
+
+use super::{FEATURES, LazyFill, Space};
+use crate::store::{PartReader, Store};
+use crate::sys::{pidfd, userfaultfd::Userfaultfd};
+use anyhow::{Context as _, Result, bail, ensure};
+use ckpt_common::image::{MemoryId, manifest::PartRef};
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Largest task: sixty thousand mappings in each of many processes.
+const MOST: u64 = 1 << 30;
+/// How long the server may take to open a part.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For tests: only what is asked for is filled.
+const ON_DEMAND: &str = "CKPT_FAULT_ON_DEMAND";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Task {
+    store: PathBuf,
+    part: PartRef,
+    spaces: Vec<TaskSpace>,
+}
+
+/// What is said of a [`Space`].
+#[derive(Debug, Serialize, Deserialize)]
+struct TaskSpace {
+    pid: i32,
+    memory: MemoryId,
+    ranges: Vec<(u64, u64)>,
+}
+
+/// Starts a server for these address spaces. It serves them when this returns. Messages of a later failure go to `log`.
+///
+/// # Errors
+/// It could not be started, or cannot open the part.
+pub fn start(part: &PartReader, spaces: &[Space], log: Option<&Path>) -> Result<()> {
+    let (store, part) = part.place();
+    let tasks = spaces.iter().map(|space| {
+        let (pid, memory, ranges) = (space.pid, space.memory, space.ranges.clone());
+        TaskSpace { pid, memory, ranges }
+    });
+    let task = Task { store: store.to_owned(), part: part.clone(), spaces: tasks.collect() };
+    let (mut ours, its) = UnixStream::pair()?;
+    let messages = match log {
+        Some(log) => {
+            std::fs::create_dir_all(log).with_context(|| format!("creating {}", log.display()))?;
+            let path = log.join("fill.log");
+            let file = File::options().create(true).append(true).open(&path);
+            Stdio::from(file.with_context(|| format!("opening {}", path.display()))?)
+        }
+        None => Stdio::null(),
+    };
+    let child = Command::new("/proc/self/exe")
+        .arg("fill")
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(its)))
+        .stdout(Stdio::null())
+        .stderr(messages)
+        .spawn()
+        .context("starting the process that fills memory")?;
+    tracing::debug!(pid = child.id(), "memory is filled by a process of its own");
+    ours.set_read_timeout(Some(PATIENCE))?;
+    let bytes = rmp_serde::to_vec_named(&task)?;
+    ours.write_all(&(bytes.len() as u64).to_le_bytes())?;
+    ours.write_all(&bytes)?;
+    for space in spaces {
+        let raw = [space.uffd.as_fd().as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&raw)];
+        let (byte, flags) = ([0], MsgFlags::MSG_NOSIGNAL);
+        sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(&byte)], &control, flags, None)
+            .context("handing a userfaultfd over")?;
+    }
+    let mut answer = Vec::new();
+    // One byte where it serves; what is wrong, where it does not.
+    let mut first = [0];
+    if ours.read(&mut first).context("waiting for the process that fills memory")? == 1 {
+        if first == [b'+'] {
+            return Ok(());
+        }
+        ours.read_to_end(&mut answer)?;
+    }
+    bail!("the process that fills memory: {}", String::from_utf8_lossy(&answer));
+}
+
+/// The server itself; `client` is who has started it. Returns when everything is filled.
+///
+/// # Errors
+/// A page cannot be had. The processes are killed then.
+pub fn run(mut client: UnixStream) -> Result<()> {
+    // It outlives the session that the restore was started from.
+    let _ = nix::unistd::setsid();
+    nix::sys::prctl::set_name(c"ckpt-fill")?;
+    // The last that memory is taken from where there is none left: ckpt may lack the right, and then it is not so.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    match begin(&mut client) {
+        Ok((fill, listeners)) => {
+            client.write_all(b"+").context("answering the restore")?;
+            drop(client);
+            fill.run(&listeners)
+        }
+        Err(error) => {
+            // Who reads it fails with it.
+            let _ = client.write_all(format!("-{error:#}").as_bytes());
+            Err(error)
+        }
+    }
+}
+
+fn begin(client: &mut UnixStream) -> Result<(LazyFill, Vec<UnixListener>)> {
+    let mut length = [0; 8];
+    client.read_exact(&mut length)?;
+    let length = u64::from_le_bytes(length);
+    ensure!(length <= MOST, "a task of {length} bytes");
+    let mut bytes = vec![0; length as usize];
+    client.read_exact(&mut bytes)?;
+    let task: Task = rmp_serde::from_slice(&bytes)?;
+    let part = Store::open(&task.store)?.open_part(&task.part)?;
+    let (mut spaces, mut listeners) = (Vec::new(), Vec::new());
+    for TaskSpace { pid, memory, ranges } in task.spaces {
+        spaces.push(Space { uffd: receive(client)?, pid, memory, ranges });
+        let listener = UnixListener::bind_addr(&address(pid)?);
+        listeners.push(listener.with_context(|| format!("listening for who waits for process {pid}"))?);
+    }
+    Ok((LazyFill::new(part, spaces, std::env::var_os(ON_DEMAND).is_none())?, listeners))
+}
+
+fn receive(client: &UnixStream) -> Result<Userfaultfd> {
+    let mut byte = [0];
+    let mut pieces = [IoSliceMut::new(&mut byte)];
+    let mut space = cmsg_space!([RawFd; 1]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(client.as_raw_fd(), &mut pieces, Some(&mut space), flags)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = control
+            && let Some(fd) = raw.first()
+        {
+            return Ok(pidfd::adopt(*fd).into());
+        }
+    }
+    bail!("a userfaultfd is missing")
+}
+
+fn address(pid: i32) -> Result<SocketAddr> {
+    Ok(SocketAddr::from_abstract_name(format!("ckpt-fill-{pid}"))?)
+}
+
+/// Waits until the memory of these processes is complete: at once where it is, or never was otherwise.
+///
+/// # Errors
+/// A server cannot be asked.
+pub fn wait_for(pids: &[i32]) -> Result<()> {
+    for pid in pids {
+        // Nobody listens: nothing is to come.
+        let Ok(mut server) = UnixStream::connect_addr(&address(*pid)?) else { continue };
+        server.read_to_end(&mut Vec::new()).context("waiting for memory to be complete")?;
+    }
+    Ok(())
+}
+
+/// Makes a new userfaultfd fit for [`LazyFill`] and registers ranges of addresses.
+///
+/// # Errors
+/// The kernel lacks a feature, or memory cannot be registered.
+pub fn register(uffd: &Userfaultfd, ranges: &[(u64, u64)]) -> Result<()> {
+    use crate::sys::userfaultfd::mode;
+    uffd.enable(FEATURES).context("enabling a userfaultfd (Linux 6.7)")?;
+    for &(start, end) in ranges {
+        let registered = uffd.register(start, end, mode::MISSING);
+        registered.with_context(|| format!("registering memory {start:x}-{end:x}"))?;
+    }
+    Ok(())
+}
+
+/// The stream that a server is started with: its standard input.
+///
+/// # Errors
+/// There is none.
+pub fn first_client() -> Result<UnixStream> {
+    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(stream)
+}
