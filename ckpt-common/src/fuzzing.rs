@@ -33,14 +33,28 @@ pub fn pack(data: &[u8]) {
 
 /// A part, with its records and page maps.
 pub fn part(data: &[u8]) {
-    let _ = pages::parse(data, 3);
+    if let Ok(runs) = pages::parse(data, 3) {
+        slices(runs);
+    }
     let Ok(layout) = PartLayout::parse(data) else { return };
     for record in layout.records(data).unwrap_or_default() {
         let _ = record.check_known();
     }
     for id in layout.memories() {
-        let _ = layout.page_map(data, id);
+        if let Ok(Some(runs)) = layout.page_map(data, id) {
+            slices(runs);
+        }
     }
+}
+
+/// Pieces of a page map that has been looked at: each page of it is in exactly one.
+fn slices(runs: &[pages::PageRun]) {
+    let count = |runs: &mut dyn Iterator<Item = pages::PageRun>| -> u64 {
+        runs.map(|run| u64::from(run.count.get())).sum()
+    };
+    let middle = runs.get(runs.len() / 2).map_or(0, |run| run.page.get() + u64::from(run.count.get()) / 2);
+    let halves = [(0, middle), (middle, u64::MAX)].map(|(from, to)| count(&mut pages::slice(runs, from, to)));
+    assert_eq!(halves.iter().sum::<u64>(), count(&mut runs.iter().copied()));
 }
 
 /// A sequence of records, each decoded as what it may be.

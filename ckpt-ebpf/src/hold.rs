@@ -3,7 +3,7 @@
 //! A socket is named by its cookie: unique on the machine for as long as it is up, the same for
 //! IPv4, IPv6, TCP and UDP, and different for equal addresses in two network namespaces.
 
-use crate::counter::increment;
+use crate::atomic::increment;
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_NO_PREALLOC,

@@ -1,14 +1,15 @@
 //! The programs of ckpt that run in the kernel.
 //!
-//! * [`hold`]: no packet of a held connection gets in or out
-//!
-//! Attached at the root of the cgroup2 tree: cgroup hooks act on the cgroup a socket was created
-//! in, so a program on a job's own cgroup would miss the sockets it brought along.
+//! * [`cow`]: the old content of a page is saved before it is overwritten
+//! * [`hold`]: no packet of a held connection gets in or out. Attached at the root of the cgroup2 tree: cgroup
+//!   hooks act on the cgroup a socket was created in, so a program on a job's own cgroup would miss the sockets it
+//!   brought along.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
-mod counter;
+mod atomic;
+mod cow;
 mod hold;
 
 #[panic_handler]

@@ -293,6 +293,7 @@ impl Agent<'_> {
             dump: Some(dumping.task.dump.clone().into()),
             watch,
             base: dumping.session.base()?,
+            ..Default::default()
         })?;
         dumping.session.arm(dumping.part.insert(part))?;
         Ok(Response::Done)

@@ -96,8 +96,9 @@ fn summary(checkpoint: &Checkpoint) -> Section {
     ];
     for node in &manifest.nodes {
         let addresses: Vec<_> = node.addresses.iter().map(|entry| entry.address.to_string()).collect();
+        let since = node.base.as_ref().map_or_else(String::new, |base| format!(" since {}", base.name));
         lines.push(format!(
-            "node     {}: {}, {} stored, Linux {}, {}",
+            "node     {}: {}, {} stored{since}, Linux {}, {}",
             node.name,
             plural(node.processes.len(), "process"),
             bytes(node.part.stored_bytes()),
@@ -121,6 +122,7 @@ fn summary(checkpoint: &Checkpoint) -> Section {
             "processes": node.processes.len(),
             "stored_bytes": node.part.stored_bytes(),
             "part": node.part.id,
+            "base": node.base,
         })).collect::<Vec<_>>(),
     });
     Section { name: "checkpoint", text, document }
@@ -423,6 +425,7 @@ pub(super) mod tests {
             copied_before_write_bytes: 4 << 10,
         }];
         node.part.inherited_pages = 9_000;
+        assert!(summary(&checkpoint).text.contains("12.0 MiB stored since shop@2, Linux"));
         let section = saving(&checkpoint);
         insta::assert_snapshot!(format!("{}\n{}", section.text, section.document));
     }

@@ -14,20 +14,22 @@ use std::collections::BTreeSet;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// What a tracker needs of the kernel.
-const FEATURES: u64 = feature::PAGEFAULT_FLAG_WP | feature::WP_UNPOPULATED | feature::WP_ASYNC;
+/// What a tracker needs of the kernel: asynchronous write protection.
+pub const TRACKING: u64 = feature::PAGEFAULT_FLAG_WP | feature::WP_UNPOPULATED | feature::WP_ASYNC;
+/// What the kernel must have to let write faults wait for us.
+pub const ASKING: u64 = feature::PAGEFAULT_FLAG_WP;
 /// Descriptors that the thread has for a moment: two of the socket pair, the device, the userfaultfd.
 const NUMBERS: usize = 4;
 
-/// Makes a userfaultfd for the address space of a stopped thread, ready for asynchronous write protection.
+/// Makes a userfaultfd for the address space of a stopped thread, with these features.
 ///
 /// All threads of the process must be stopped: descriptors are made under numbers that are known beforehand.
 ///
 /// # Errors
 /// The kernel has no userfaultfd for this, or the process has no descriptors left. It is as it was.
-pub fn userfaultfd(thread: &mut Stopped, arena: Arena) -> Result<Userfaultfd> {
+pub fn userfaultfd(thread: &mut Stopped, arena: Arena, features: u64) -> Result<Userfaultfd> {
     let made = make(thread, arena)?;
-    made.enable(FEATURES).context("asynchronous write protection (Linux 6.7)")?;
+    made.enable(features).context("write protection by userfaultfd (asynchronous: Linux 6.7)")?;
     Ok(made)
 }
 

@@ -66,6 +66,7 @@ pub struct MemoryDump {
     options: Options,
     base: Option<PartReader>,
     kept: BTreeMap<i32, Kept>,
+    pids: Vec<i32>,
     spaces: BTreeMap<i32, Space>,
     staging: Staging,
     next: u32,
@@ -84,6 +85,7 @@ impl MemoryDump {
             options,
             base,
             kept: kept.into_iter().map(|kept| (kept.pid, kept)).collect(),
+            pids: Vec::new(),
             spaces: BTreeMap::new(),
             staging: Staging::new(staging_limit()),
             next: 0,
@@ -128,6 +130,9 @@ impl MemoryDump {
     fn space(&mut self, pid: i32) -> Result<&mut Space> {
         if !self.spaces.contains_key(&pid) {
             let mut space = Space::new(pid, self.new_object())?;
+            if self.cow.as_ref().is_some_and(Cow::wants_asking) {
+                space.want_asking();
+            }
             if let Some(kept) = self.kept.remove(&pid).filter(|kept| kept.started == space.started) {
                 space.take_up(kept.tracker, kept.memory, kept.modified);
             }
@@ -138,6 +143,10 @@ impl MemoryDump {
 
     /// Copies what was modified while the job runs, until little is left or no headway is made.
     pub fn save_early(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
+        self.pids = pids.to_vec();
+        if !self.options.stop {
+            self.cow = Cow::choose(self.options.way)?;
+        }
         let mut before = u64::MAX;
         for _ in 0..ROUNDS {
             self.look(pids)?;
@@ -153,17 +162,26 @@ impl MemoryDump {
             }
             before = now;
         }
-        let expected = match self.options.stop {
+        if self.options.stop {
             // It is copied piece by piece, when there is time.
-            true => 0,
-            false => self.expected(),
-        };
-        self.staging.prepare(expected + SPARE);
+            return Ok(());
+        }
+        let listed = self.spaces.values().map(|space| space.lists.current().bytes()).sum::<u64>();
+        let budget = self.budget();
+        if let Some(cow) = self.cow.as_mut().filter(|_| listed > budget / 2) {
+            let start = Instant::now();
+            // What was not written in the last round may be before the cut.
+            let listed = self.spaces.values().map(|space| space.lists.modified().pages()).sum();
+            let pages = pids.iter().map(|pid| proc::private_bytes(*pid) / PAGE_SIZE as u64).sum();
+            cow.prepare(pages, listed)?;
+            self.took("guard", start);
+        }
+        self.staging.prepare(self.expected() + SPARE);
         Ok(())
     }
 
     fn can_copy_before_write(&self) -> bool {
-        !self.options.stop && self.options.way.can_copy_before_write()
+        self.cow.is_some()
     }
 
     /// Bytes that the freeze will have to copy.
@@ -258,7 +276,6 @@ impl MemoryDump {
         match self.before_cut {
             None => self.before_cut = Some((self.staging.mark(), self.next)),
             Some((mark, next)) => {
-                self.cow = None;
                 self.staging.back_to(mark);
                 self.next = next;
                 self.spaces.retain(|_, space| space.id.0 < next);
@@ -302,9 +319,9 @@ impl MemoryDump {
         let listed = |space: &Space| space.lists.previous().bytes();
         let tracked: u64 = self.spaces.values().filter(|space| space.is_tracked()).map(listed).sum();
         let guarded = tracked > self.budget() && self.can_copy_before_write();
-        if guarded {
+        if let Some(cow) = self.cow.as_mut().filter(|_| guarded) {
             let guardable: Vec<&Space> = self.spaces.values().filter(|space| space.is_tracked()).collect();
-            self.cow = Cow::begin(self.options.way, &guardable).context("guarding what is not copied yet")?;
+            cow.begin(&guardable).context("guarding what is not copied yet")?;
         }
         let mut now = Vec::new();
         for space in self.spaces.values() {
@@ -334,7 +351,11 @@ impl MemoryDump {
     /// [`cow::Lost`]: old content was overwritten by something that nobody could guard against.
     pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
         if let Some(cow) = self.cow.take() {
-            cow.save(&mut self.spaces, &mut self.staging, part)?;
+            let start = Instant::now();
+            if cow.is_guarding() {
+                cow.save(&mut self.spaces, &mut self.staging, part, &self.pids)?;
+                self.took("copy before write", start);
+            }
         }
         self.copy_frozen(part)?;
         self.staging.save(part)?;
@@ -399,6 +420,7 @@ impl MemoryDump {
                 true => space.lists.commit(),
                 false => space.lists.abort(),
             }
+            space.lists.written(&space.written_later);
             let memory = if committed { Some(space.id) } else { space.base };
             let (pid, started, modified) = (space.pid, space.started, space.lists.modified());
             if let (Some(memory), Some(tracker)) = (memory, space.into_tracker()) {
@@ -410,7 +432,7 @@ impl MemoryDump {
 }
 
 /// Cuts a set into pieces of at most so many bytes.
-fn pieces(set: &PageSet, most: u64) -> Vec<PageSet> {
+pub(super) fn pieces(set: &PageSet, most: u64) -> Vec<PageSet> {
     let most = (most / PAGE_SIZE as u64).max(1);
     let mut pieces = vec![PageSet::default()];
     let mut room = most;

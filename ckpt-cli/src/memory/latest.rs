@@ -20,7 +20,8 @@ impl Run {
         self.first_page + (self.len / PAGE_SIZE) as u64
     }
 
-    fn clip(&self, from: u64, to: u64) -> Self {
+    /// The pages `from..to` of it.
+    pub(super) fn clip(&self, from: u64, to: u64) -> Self {
         let skipped = (from - self.first_page) as usize * PAGE_SIZE;
         let len = (to - from) as usize * PAGE_SIZE;
         Self { first_page: from, start: self.start + skipped, len, ..*self }

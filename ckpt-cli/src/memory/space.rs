@@ -10,7 +10,9 @@ use crate::tracee::healing::Finder;
 use crate::tracee::proc::{Map, Maps};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
+use crate::sys::userfaultfd::Userfaultfd;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -49,7 +51,12 @@ pub struct Space {
     pub own: PageSet,
     /// What was done.
     pub statistics: Statistics,
+    /// Pages that were written after the cut, unnoticed by the tracker.
+    pub written_later: PageSet,
     tracker: Option<Tracker>,
+    /// A userfaultfd that lets write faults wait for us, if there is to be one.
+    asking: Option<Userfaultfd>,
+    wants_asking: bool,
     /// A tracker cannot be had.
     untracked: bool,
     pagemap: File,
@@ -75,7 +82,10 @@ impl Space {
             lists: CommitLists::default(),
             own: PageSet::default(),
             statistics: Statistics::default(),
+            written_later: PageSet::default(),
             tracker: None,
+            asking: None,
+            wants_asking: false,
             untracked: false,
             pagemap,
             mem,
@@ -100,9 +110,37 @@ impl Space {
         self.tracker.is_some()
     }
 
-    /// The tracker and the page map, for those who guard pages.
-    pub fn guarded(&self) -> Option<(&Tracker, &File)> {
-        Some((self.tracker.as_ref()?, &self.pagemap))
+    /// Its tracker.
+    pub fn tracker(&self) -> Option<&Tracker> {
+        self.tracker.as_ref()
+    }
+
+    /// There is to be a userfaultfd that lets write faults wait.
+    pub fn want_asking(&mut self) {
+        self.wants_asking = true;
+    }
+
+    /// The userfaultfd that lets write faults wait.
+    pub fn asking(&self) -> Option<&Userfaultfd> {
+        self.asking.as_ref()
+    }
+
+    /// /proc/PID/pagemap of its address space.
+    pub fn pagemap(&self) -> &File {
+        &self.pagemap
+    }
+
+    /// Its mappings at the last look.
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// Reads its memory.
+    ///
+    /// # Errors
+    /// Nothing is there.
+    pub fn read(&self, address: u64, into: &mut [u8]) -> std::io::Result<()> {
+        self.mem.read_exact_at(into, address)
     }
 
     /// Registers what the process has mapped since the last look; it may run.
@@ -178,21 +216,28 @@ impl Space {
 
     /// Makes a tracker if there is none; true if it is new.
     fn attach(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) -> Result<bool> {
-        if self.tracker.is_some() || self.untracked {
+        if self.untracked || (self.tracker.is_some() && self.asking.is_some() == self.wants_asking) {
             return Ok(false);
         }
+        let (tracks, wants_asking) = (self.tracker.is_some(), self.wants_asking);
         let maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
         let made = frozen.with_arena(finder, &maps, |threads, arena| {
-            attach::userfaultfd(threads.first_mut().context("it has no thread left")?, arena)
+            let leader = threads.first_mut().context("it has no thread left")?;
+            let tracking = (!tracks).then(|| attach::userfaultfd(leader, arena, attach::TRACKING)).transpose()?;
+            let asking = wants_asking.then(|| attach::userfaultfd(leader, arena, attach::ASKING)).transpose()?;
+            Ok((tracking, asking))
         });
         match made {
-            Ok(made) => self.tracker = Some(Tracker::new(made)),
+            Ok((tracking, asking)) => {
+                self.asking = asking;
+                self.tracker = tracking.map(Tracker::new).or_else(|| self.tracker.take());
+            }
             Err(error) => {
                 tracing::warn!(pid = self.pid, "its memory cannot be tracked and is copied whole: {error:#}");
-                self.untracked = true;
+                (self.untracked, self.tracker) = (true, None);
             }
         }
-        Ok(self.tracker.is_some())
+        Ok(!tracks && self.tracker.is_some())
     }
 
     /// Counts what there is and what is not as in the base, when everything is saved.

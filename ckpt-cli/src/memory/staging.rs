@@ -6,6 +6,7 @@
 //! copying itself.
 
 use super::latest::{Run, latest};
+use super::page_set::PageSet;
 use crate::store::PartWriter;
 use crate::sys::{arena::Arena, memory};
 use anyhow::{Context as _, Result, bail};
@@ -122,6 +123,18 @@ impl Staging {
                 .map(|run| run.start + run.len)
                 .max()
                 .unwrap_or(0);
+        }
+    }
+
+    /// Of what was staged since, forgets all pages but these.
+    pub fn keep_since(&mut self, mark: Mark, pages: &PageSet) {
+        let since = self.runs.split_off(mark.runs);
+        for run in since {
+            let size = PAGE_SIZE as u64;
+            let all = run.first_page..run.first_page + run.len as u64 / size;
+            for kept in pages.within(all).ranges() {
+                self.runs.push(run.clip(kept.start, kept.end));
+            }
         }
     }
 

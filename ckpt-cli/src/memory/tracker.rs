@@ -115,6 +115,39 @@ impl Tracker {
     }
 }
 
+impl Tracker {
+    /// Protects all pages in a range of addresses, whatever was written, and gives those that are there. The process
+    /// must be stopped.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn protect(&self, pagemap: &File, range: Range<u64>) -> Result<PageSet> {
+        let mut there = PageSet::default();
+        let mut note = |region: Region| there.push_addresses(region.start, region.end);
+        pagemap::scan_and_protect(pagemap.as_fd(), range.start, range.end, OWN, &mut note)
+            .context("protecting memory")?;
+        Ok(there)
+    }
+}
+
+/// Which of these pages are there and were not written since they were protected.
+///
+/// # Errors
+/// The process is gone.
+pub fn unwritten(pagemap: &File, pages: &PageSet, maps: &[Map]) -> Result<PageSet> {
+    let (Some(first), Some(last)) = (pages.ranges().first(), pages.ranges().last()) else {
+        return Ok(PageSet::default());
+    };
+    let span = first.start * PAGE_SIZE as u64..last.end * PAGE_SIZE as u64;
+    let mut found = PageSet::default();
+    for (Range { start, end }, own) in walks(maps, &span) {
+        let query = Query { any: category::PRESENT, ..own.but_not(category::WRITTEN) };
+        pagemap::scan(pagemap.as_fd(), start, end, query, |region| found.push_addresses(region.start, region.end))
+            .context("looking for pages that were written")?;
+    }
+    Ok(found.intersection(pages))
+}
+
 /// Looks at memory that nobody tracks: everything counts as written.
 ///
 /// # Errors

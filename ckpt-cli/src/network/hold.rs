@@ -8,17 +8,15 @@
 //! The programs are attached at the root of the cgroup2 tree, through links that belong to this
 //! process: they go when it ends, however it ends.
 
-use anyhow::{Context, Result, anyhow};
+use crate::sys::bpf_object;
+use anyhow::{Context, Result};
 use aya::maps::{HashMap, MapData};
-use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError};
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::Ebpf;
+use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType};
 use ckpt_common::bpf::Dropped;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-
-/// What `cargo xtask build-ebpf` has built.
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ckpt-ebpf/prebuilt/ckpt.bpf.o");
 
 /// Name of a socket: unique on the machine, in all network namespaces, until it reboots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,7 +46,7 @@ impl Hold {
     pub fn load() -> Result<Self> {
         let root = cgroup2_root()?;
         let directory = File::open(&root).with_context(|| format!("open {}", root.display()))?;
-        let mut programs = EbpfLoader::new().load(OBJECT).map_err(hint).context("load the traffic hold")?;
+        let mut programs = bpf_object::load(&[]).context("load the traffic hold")?;
         for (name, direction) in
             [("hold_egress", CgroupSkbAttachType::Egress), ("hold_ingress", CgroupSkbAttachType::Ingress)]
         {
@@ -113,21 +111,6 @@ impl Hold {
             sum.ingress += one.ingress;
         }
         Ok(sum)
-    }
-}
-
-/// Adds what to do to the commonest failures.
-fn hint(error: EbpfError) -> anyhow::Error {
-    let text = match &error {
-        EbpfError::MapError(aya::maps::MapError::CreateError { io_error, .. }) => io_error.raw_os_error(),
-        EbpfError::ProgramError(ProgramError::LoadError { io_error, .. }) => io_error.raw_os_error(),
-        _ => None,
-    };
-    match text {
-        Some(libc::EPERM) => {
-            anyhow!(error).context("BPF is not allowed\nhint: CAP_BPF and CAP_NET_ADMIN are needed")
-        }
-        _ => anyhow!(error),
     }
 }
 

@@ -6,11 +6,11 @@
 //! they are gathered with others, since chunks of a page or two compress badly.
 
 use super::{
-    Compress, PartReader, Result,
-    pack_writer::{PackWriter, Written},
-    page_table::{PageTable, Place},
+    Compress, Result,
+    pack_writer::{Base, PackWriter, Written},
+    page_table::{PageTable, Place, Target},
 };
-use ckpt_common::image::{MemoryId, PAGE_SIZE, pack::CHUNK_SIZE};
+use ckpt_common::image::{PAGE_SIZE, pack::CHUNK_SIZE};
 use std::path::PathBuf;
 
 /// Pages of a window: as many as fit a chunk.
@@ -25,7 +25,7 @@ static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// The window that pages come from now.
 struct Window {
-    id: MemoryId,
+    to: Target,
     /// First page.
     first: u64,
     /// Bit n: page `first + n` is in `content`.
@@ -39,14 +39,14 @@ struct Window {
 struct Gathered {
     ticket: u64,
     content: Vec<u8>,
-    last: (MemoryId, u64),
+    last: (Target, u64),
 }
 
 /// Cuts pages into chunks, and notes where they are.
 pub(super) struct Chunker {
     prefix: PathBuf,
     compress: Compress,
-    base: Option<PartReader>,
+    base: Option<Base>,
     packs: Option<PackWriter>,
     window: Option<Window>,
     gathered: Option<Gathered>,
@@ -55,7 +55,7 @@ pub(super) struct Chunker {
 impl Chunker {
     /// Files are made at `prefix` with a running number and `.pack`. Chunks that are in `base` already are not
     /// written again.
-    pub(super) fn new(prefix: PathBuf, compress: Compress, base: Option<PartReader>) -> Self {
+    pub(super) fn new(prefix: PathBuf, compress: Compress, base: Option<Base>) -> Self {
         Self { prefix, compress, base, packs: None, window: None, gathered: None }
     }
 
@@ -65,13 +65,7 @@ impl Chunker {
     }
 
     /// Takes whole pages of an object from page number `first` on.
-    pub(super) fn pages(
-        &mut self,
-        table: &mut PageTable,
-        id: MemoryId,
-        first: u64,
-        data: &[u8],
-    ) -> Result<()> {
+    pub(super) fn pages(&mut self, table: &mut PageTable, to: Target, first: u64, data: &[u8]) -> Result<()> {
         let mut zeros = 0;
         for (page, content) in (first..).zip(data.chunks_exact(PAGE_SIZE)) {
             if content == ZERO_PAGE {
@@ -79,41 +73,41 @@ impl Chunker {
                 continue;
             }
             if zeros > 0 {
-                self.note(table, id, page - u64::from(zeros), zeros, Place::Zero)?;
+                self.note(table, to, page - u64::from(zeros), zeros, Place::Zero)?;
                 zeros = 0;
             }
-            self.page(table, id, page, content)?;
+            self.page(table, to, page, content)?;
         }
         let end = first + (data.len() / PAGE_SIZE) as u64;
-        self.note(table, id, end - u64::from(zeros), zeros, Place::Zero)
+        self.note(table, to, end - u64::from(zeros), zeros, Place::Zero)
     }
 
     /// Notes pages whose content is not to be stored.
     pub(super) fn note(
         &mut self,
         table: &mut PageTable,
-        id: MemoryId,
+        to: Target,
         first: u64,
         count: u32,
         place: Place,
     ) -> Result<()> {
         // Pages of the window are noted when it ends, which must not undo this.
-        if let Some(window) = self.window.as_mut().filter(|window| window.id == id) {
+        if let Some(window) = self.window.as_mut().filter(|window| window.to == to) {
             if first < window.next {
                 self.end_window(table)?;
             } else {
                 window.next = first + u64::from(count);
             }
         }
-        Ok(table.note(id, first, count, place)?)
+        Ok(table.note(to, first, count, place)?)
     }
 
-    fn page(&mut self, table: &mut PageTable, id: MemoryId, page: u64, content: &[u8]) -> Result<()> {
+    fn page(&mut self, table: &mut PageTable, to: Target, page: u64, content: &[u8]) -> Result<()> {
         let first = page / WINDOW * WINDOW;
         if self
             .window
             .as_ref()
-            .is_some_and(|window| (window.id, window.first) != (id, first) || page < window.next)
+            .is_some_and(|window| (window.to, window.first) != (to, first) || page < window.next)
         {
             self.end_window(table)?;
         }
@@ -121,7 +115,7 @@ impl Chunker {
             Some(window) => window,
             None => {
                 let content = self.packs().buffer()?;
-                self.window.insert(Window { id, first, pages: 0, next: page, content })
+                self.window.insert(Window { to, first, pages: 0, next: page, content })
             }
         };
         window.content.extend_from_slice(content);
@@ -134,24 +128,24 @@ impl Chunker {
     }
 
     fn end_window(&mut self, table: &mut PageTable) -> Result<()> {
-        let Some(Window { id, first, pages, content, .. }) = self.window.take() else { return Ok(()) };
+        let Some(Window { to, first, pages, content, .. }) = self.window.take() else { return Ok(()) };
         let numbers = (0..WINDOW).filter(|n| pages & (1 << n) != 0).map(|n| first + n);
         if pages.count_ones() >= DENSE {
             let ticket = self.packs().ticket();
             for (at, page) in (0..).zip(numbers) {
-                table.note(id, page, 1, Place::Ticket { ticket, page: at })?;
+                table.note(to, page, 1, Place::Ticket { ticket, page: at })?;
             }
             return self.packs().put(ticket, content);
         }
         for (page, content) in numbers.zip(content.chunks_exact(PAGE_SIZE)) {
-            self.gather(table, id, page, content)?;
+            self.gather(table, to, page, content)?;
         }
         self.packs().give_back(content);
         Ok(())
     }
 
-    fn gather(&mut self, table: &mut PageTable, id: MemoryId, page: u64, content: &[u8]) -> Result<()> {
-        let block = (id, page / BLOCK);
+    fn gather(&mut self, table: &mut PageTable, to: Target, page: u64, content: &[u8]) -> Result<()> {
+        let block = (to, page / BLOCK);
         let ended = |gathered: &Gathered| gathered.last != block && gathered.content.len() >= CHUNK_SIZE / 2;
         if self.gathered.as_ref().is_some_and(ended) {
             self.end_gathered()?;
@@ -164,7 +158,7 @@ impl Chunker {
             }
         };
         let at = (gathered.content.len() / PAGE_SIZE) as u16;
-        table.note(id, page, 1, Place::Ticket { ticket: gathered.ticket, page: at })?;
+        table.note(to, page, 1, Place::Ticket { ticket: gathered.ticket, page: at })?;
         gathered.content.extend_from_slice(content);
         gathered.last = block;
         if gathered.content.len() == CHUNK_SIZE {

@@ -4,16 +4,12 @@ use super::{
     PartReader, Result,
     known::content,
     live::LiveChunks,
-    pack_reader::{PackReader, Unpacker},
+    page_reader::{PageReader, Place},
 };
 use ckpt_common::image::{
     MemoryId, PAGE_SIZE,
     pages::{PageRun, Source},
 };
-use std::{collections::VecDeque, sync::Arc};
-
-/// Unpacked chunks that are kept on each side.
-const KEPT: usize = 16;
 
 static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
@@ -46,7 +42,7 @@ pub fn compare_pages(old: Option<Object<'_>>, new: Option<Object<'_>>) -> Result
         }
     };
     let (old_map, new_map) = (old.page_map(old_id)?, new.page_map(new_id)?);
-    let (mut old_side, mut new_side) = (Side::new(old)?, Side::new(new)?);
+    let (mut old_side, mut new_side) = (PageReader::new(old.clone())?, PageReader::new(new.clone())?);
     let (mut old_runs, mut new_runs) = (old_map.iter().peekable(), new_map.iter().peekable());
     let mut at = 0;
     loop {
@@ -68,7 +64,7 @@ pub fn compare_pages(old: Option<Object<'_>>, new: Option<Object<'_>>) -> Result
             (None, Some(_)) => diff.added += end - at,
             (Some(old), Some(new)) => {
                 for page in at..end {
-                    let [old, new] = [&old, &new].map(|run| Place::of(run, page));
+                    let [old, new] = [&old, &new].map(|run| place_of(run, page));
                     match same(&mut old_side, old, &mut new_side, new)? {
                         true => diff.same += 1,
                         false => diff.changed += 1,
@@ -108,80 +104,23 @@ pub fn stored_anew(old: &[&PartReader], new: &[&PartReader]) -> Result<u64> {
 }
 
 /// Where a page is; nowhere if it is full of zeros.
-#[derive(Clone, Copy)]
-struct Place(Option<(u32, u32, u16)>);
-
-impl Place {
-    fn of(run: &PageRun, number: u64) -> Self {
-        match run.source() {
-            Source::Zero => Self(None),
-            Source::Chunk { pack, chunk, page } => {
-                Self(Some((pack, chunk, page + (number - run.page.get()) as u16)))
-            }
-        }
+fn place_of(run: &PageRun, number: u64) -> Option<Place> {
+    match run.source() {
+        Source::Zero => None,
+        Source::Chunk { pack, chunk, page } => Some((pack, chunk, page + (number - run.page.get()) as u16)),
     }
 }
 
-fn same(old: &mut Side<'_>, a: Place, new: &mut Side<'_>, b: Place) -> Result<bool> {
-    if let (Some((pack, chunk, page)), Some((other, number, at))) = (a.0, b.0)
-        && page == at
-    {
-        let (pack, other) = (old.pack(pack, chunk, page)?, new.pack(other, number, at)?);
-        let [a, b] =
-            [(&pack, chunk), (&other, number)].map(|(pack, chunk)| pack.chunks().get(chunk as usize));
-        if a.map(content) == b.map(content) {
-            return Ok(true);
+fn same(old: &mut PageReader, a: Option<Place>, new: &mut PageReader, b: Option<Place>) -> Result<bool> {
+    match (a, b) {
+        (None, None) => Ok(true),
+        (Some(a), None) => Ok(old.page(a)? == ZERO_PAGE),
+        (None, Some(b)) => Ok(new.page(b)? == ZERO_PAGE),
+        (Some(a), Some(b)) => {
+            let (old_pack, new_pack) = (old.pack(a)?, new.pack(b)?);
+            let [x, y] =
+                [(&old_pack, a), (&new_pack, b)].map(|(pack, place)| pack.chunks()[place.1 as usize]);
+            Ok((a.2 == b.2 && content(&x) == content(&y)) || old.page(a)? == new.page(b)?)
         }
-    }
-    Ok((a.0.is_none() && b.0.is_none()) || old.page(a)? == new.page(b)?)
-}
-
-/// One of the two parts, with the chunks that were unpacked last.
-struct Side<'a> {
-    part: &'a PartReader,
-    kept: VecDeque<((u32, u32), Vec<u8>)>,
-    unpacker: Unpacker,
-    last: Option<(u32, Arc<PackReader>)>,
-}
-
-impl<'a> Side<'a> {
-    fn new(part: &'a PartReader) -> Result<Self> {
-        Ok(Self { part, kept: VecDeque::new(), unpacker: Unpacker::new()?, last: None })
-    }
-
-    /// A pack, after a check that it has the page.
-    fn pack(&mut self, pack: u32, chunk: u32, page: u16) -> Result<Arc<PackReader>> {
-        if let Some((number, reader)) = &self.last
-            && *number == pack
-            && reader
-                .chunks()
-                .get(chunk as usize)
-                .is_some_and(|chunk| usize::from(page) < chunk.raw() / PAGE_SIZE)
-        {
-            return Ok(reader.clone());
-        }
-        let reader = self.part.pack_of(pack, chunk, page, 1)?;
-        self.last = Some((pack, reader.clone()));
-        Ok(reader)
-    }
-
-    fn page(&mut self, place: Place) -> Result<&[u8]> {
-        let Some((pack, chunk, page)) = place.0 else { return Ok(&ZERO_PAGE) };
-        let reader = self.pack(pack, chunk, page)?;
-        let start = usize::from(page) * PAGE_SIZE;
-        let position = self.kept.iter().rposition(|(key, _)| *key == (pack, chunk));
-        let position = match position {
-            Some(position) => position,
-            None => {
-                let buffer = match self.kept.len() {
-                    KEPT.. => self.kept.pop_front().map_or_else(Vec::new, |(_, buffer)| buffer),
-                    _ => Vec::new(),
-                };
-                let content = reader.read(chunk as usize, &mut self.unpacker, buffer, false)?;
-                self.kept.push_back(((pack, chunk), content));
-                self.kept.len() - 1
-            }
-        };
-        Ok(&self.kept[position].1[start..start + PAGE_SIZE])
     }
 }

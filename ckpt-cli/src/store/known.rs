@@ -8,7 +8,7 @@ use ckpt_common::image::{
     Digest,
     pack::{ChunkEntry, Encoding},
 };
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// What two chunks with the same content have in common.
 pub(super) type Content = (Digest, u32, Encoding);
@@ -23,12 +23,12 @@ pub(super) fn content(chunk: &ChunkEntry) -> Content {
 }
 
 impl Known {
-    /// Chunks of a base part. Those it does not use may be gone.
-    pub(super) fn of(base: &PartReader) -> Result<Self> {
+    /// Chunks of a base part, but not of these packs. Those it does not use may be gone.
+    pub(super) fn of(base: &PartReader, except: &BTreeSet<u32>) -> Result<Self> {
         base.check_present()?;
         let mut known = HashMap::new();
         let live = base.live_chunks()?;
-        for (number, pack) in (0..).zip(base.packs()) {
+        for (number, pack) in (0..).zip(base.packs()).filter(|(number, _)| !except.contains(number)) {
             let Some(live) = live.get(pack) else { continue };
             let reader = base.store().open_pack(*pack)?;
             for (chunk, entry) in (0..).zip(reader.chunks()).filter(|(chunk, _)| live.contains(*chunk)) {

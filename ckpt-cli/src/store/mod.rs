@@ -21,6 +21,7 @@
 mod chunker;
 mod compare;
 mod compressor;
+mod crowded;
 mod dump;
 mod error;
 mod files;
@@ -31,6 +32,7 @@ mod locks;
 mod pack_file;
 mod pack_reader;
 mod pack_writer;
+mod page_reader;
 mod page_table;
 mod part_reader;
 mod part_writer;

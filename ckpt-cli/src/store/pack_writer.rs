@@ -17,7 +17,7 @@ use ckpt_common::image::{
 };
 use crossbeam_channel::{Receiver, Sender};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     thread::{self, JoinHandle},
 };
@@ -50,6 +50,14 @@ impl Packed {
     }
 }
 
+/// The part that an increment is built on.
+#[derive(Clone)]
+pub(super) struct Base {
+    pub(super) part: PartReader,
+    /// Packs that are not to be pointed into any more.
+    pub(super) left_behind: BTreeSet<u32>,
+}
+
 /// The threads behind a part writer.
 pub(super) struct PackWriter {
     full: Option<Sender<Full>>,
@@ -65,7 +73,7 @@ pub(super) struct PackWriter {
 impl PackWriter {
     /// Starts the threads. Files are made at `prefix` with a running number and `.pack`. Chunks
     /// that `base` uses are not written again.
-    pub(super) fn start(prefix: PathBuf, compress: Compress, base: Option<PartReader>) -> Self {
+    pub(super) fn start(prefix: PathBuf, compress: Compress, base: Option<Base>) -> Self {
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let buffers = BUFFERS * threads;
         let (full_in, full_out) = crossbeam_channel::bounded::<Full>(buffers);
@@ -83,7 +91,9 @@ impl PackWriter {
             })
             .collect();
         let write = move || {
-            let known = base.as_ref().map_or_else(|| Ok(Known::default()), Known::of);
+            let known = base
+                .as_ref()
+                .map_or_else(|| Ok(Known::default()), |base| Known::of(&base.part, &base.left_behind));
             // Then everything is written: nothing is wrong with this part, whatever is with the base.
             let known = known.unwrap_or_else(|error| {
                 tracing::warn!(%error, "the chunks of the base cannot be used");

@@ -73,6 +73,20 @@ fn push(spans: &mut Vec<Span>, span: Span) {
     spans.push(span);
 }
 
+/// Where something is noted: in an object, with or without precedence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) id: MemoryId,
+    /// Does it give way to everything that is not inherited?
+    pub(super) inherited: bool,
+}
+
+impl From<MemoryId> for Target {
+    fn from(id: MemoryId) -> Self {
+        Self { id, inherited: false }
+    }
+}
+
 /// One object: what is noted later wins, and anything noted wins over what is inherited.
 #[derive(Default)]
 struct Object {
@@ -159,7 +173,7 @@ impl PageTable {
     /// Notes where pages are; this replaces what was noted of them before.
     pub(super) fn note(
         &mut self,
-        id: MemoryId,
+        to: impl Into<Target>,
         page: u64,
         count: u32,
         place: Place,
@@ -170,9 +184,11 @@ impl PageTable {
                 return Err(refuse(format!("{count} pages at {page:#x} of object {} reach too far", of.0)));
             }
         }
-        let object = self.object(id, page, count.into())?;
+        let to = to.into();
+        let object = self.object(to.id, page, count.into())?;
         if count > 0 {
-            push(&mut object.noted, Span { page, count, shared: false, place });
+            let spans = if to.inherited { &mut object.inherited } else { &mut object.noted };
+            push(spans, Span { page, count, shared: false, place });
         }
         Ok(())
     }

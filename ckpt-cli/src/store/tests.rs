@@ -4,7 +4,7 @@ use super::*;
 use ckpt_common::image::{
     MemoryId, PAGE_SIZE,
     file::{FileId, OpenFile},
-    manifest::{Checkpoint, Manifest, NodePart, PartRef},
+    manifest::{BaseRef, Checkpoint, Manifest, NodePart, PartRef},
     pages,
     record::RawRecord,
 };
@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 use tempfile::TempDir;
 
+mod golden;
 mod prune;
 
 type Memory = BTreeMap<u32, BTreeMap<u64, Vec<u8>>>;

@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod batch_code;
+pub mod bpf_object;
 pub mod clone;
 pub mod cpu;
 pub mod fork;
@@ -14,6 +15,7 @@ pub mod memory;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod shared_map;
 pub mod socket;
 pub mod task;
 pub mod unix_socket;

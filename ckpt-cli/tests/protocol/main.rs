@@ -7,6 +7,7 @@ mod fake;
 mod roles;
 mod scene;
 
+use ckpt_cli::store::StoreError;
 use libtest_mimic::{Arguments, Trial};
 use scene::Scene;
 
@@ -31,6 +32,7 @@ fn main() {
         trial("agents_that_are_none_are_told_apart", agents_that_are_none_are_told_apart),
         trial("a_hanging_agent_does_not_hang_the_job", a_hanging_agent_does_not_hang_the_job),
         trial("a_stopped_coordinator_is_given_up", a_stopped_coordinator_is_given_up),
+        trial("nothing_is_pruned_while_a_dump_lives", nothing_is_pruned_while_a_dump_lives),
         trial("restore_moves_and_detaches", restore_moves_and_detaches),
     ];
     for who in ["coordinator", "n1"] {
@@ -168,6 +170,33 @@ fn a_stopped_coordinator_is_given_up() {
     dump.wait();
     assert_eq!(scene.dump(&["n1", "n2"]).run().0, 0);
     scene.assert_whole(1);
+}
+
+fn nothing_is_pruned_while_a_dump_lives() {
+    use nix::sys::signal::Signal;
+    let scene = Scene::new();
+    for _ in 0..2 {
+        assert_eq!(scene.dump(&["n1", "n2"]).run().0, 0);
+    }
+    // Its parts are in their place, its manifest is not.
+    let mut dump = scene.dump(&["n1", "n2"]).fault("coordinator:commit:hang").spawn();
+    let parts = || std::fs::read_dir(scene.store().root().join("parts")).unwrap().count();
+    scene.wait_for("both parts are there", || parts() == 6);
+    let prune = || scene.store().prune(None, std::num::NonZeroUsize::MIN, false);
+    assert!(matches!(prune(), Err(StoreError::Locked { .. })));
+    scene.assert_unharmed();
+    dump.signal(Signal::SIGKILL);
+    dump.wait();
+    let report = prune().unwrap();
+    assert_eq!((&report.removed[..], report.kept, report.parts), (&["job@1".to_owned()][..], 1, 4));
+    scene.assert_whole(1);
+    assert_eq!(scene.dump(&["n1", "n2"]).run(), (0, "job@3".into()));
+    let mut restore = scene.restore(&["n1", "n2"]).fault("coordinator:connect:hang").spawn();
+    scene.wait_for("the job is built", || scene.is_built("n1") && scene.is_built("n2"));
+    assert!(matches!(prune(), Err(StoreError::Locked { .. })));
+    restore.signal(Signal::SIGKILL);
+    restore.wait();
+    assert_eq!(prune().unwrap().removed, ["job@2"]);
 }
 
 fn restore_moves_and_detaches() {

@@ -79,6 +79,8 @@ pub fn restore(request: &RestoreRequest, context: &Context<'_>) -> Result<Restor
     let faults = context.faults()?;
     let start = Instant::now();
     let store = Store::open(&request.store)?;
+    // Nothing of the checkpoint is pruned before the job runs.
+    let _hold = store.hold()?;
     let checkpoint = store.resolve(&request.name)?;
     let old: Vec<_> = checkpoint.manifest.nodes.iter().map(|node| node.name.clone()).collect();
     let nodes = placement::place(&old, &request.places, request.nodes.as_deref())?;

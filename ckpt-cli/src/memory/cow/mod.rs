@@ -1,14 +1,31 @@
 //! Copy before write: a consistent copy of a list of pages while the program runs and writes to them.
 //!
-//! The pages are protected against writes at the cut. The writer copies them in list order; where the program writes
-//! to a page that is still on the list, its old content is saved first.
+//! At the cut the pages are protected against writes, and a [`Guard`] begins to watch over them: when the program is
+//! about to write to one that is still on the list, the guard saves its old content first. Meanwhile [`Cow::save`]
+//! copies the list in order. What it has copied counts only if the page is still protected *after* the copy: then it
+//! was not written between the cut and that moment. Otherwise the old content must have come from the guard; if it
+//! has not (the page was written by direct I/O, dropped, unmapped), it is lost, and so is this attempt ([`Lost`]):
+//! nothing is saved that is not the memory at the cut.
 
+mod bpf;
+mod uffd;
+
+use super::dump::pieces;
 use super::page_set::PageSet;
 use super::space::Space;
 use super::staging::Staging;
+use super::tracker;
 use crate::store::PartWriter;
-use anyhow::Result;
+use crate::sys::task::Urgent;
+use crate::tracee::freeze::Frozen;
+use anyhow::{Context as _, Result};
+use ckpt_common::image::PAGE_SIZE;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+
+/// Bytes that are copied between two looks at what the guard has saved.
+const BATCH: u64 = 512 << 10;
 
 /// What happens to pages that cannot be copied in the freeze.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,32 +35,104 @@ pub enum Way {
     Auto,
     /// A BPF program on page faults copies the old content.
     Bpf,
-    /// Write faults wait for a thread of ours that copies the old content.
+    /// Write faults wait for us to copy the old content.
     Uffd,
     /// The freeze lasts until everything is copied.
     Stop,
 }
 
-impl Way {
-    /// Can pages be left for after the freeze?
-    pub fn can_copy_before_write(self) -> bool {
-        false
-    }
+/// Old content of pages was overwritten before it could be saved.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{pages} pages of process {pid}, from {first:#x} on, were overwritten or unmapped before they could be copied")]
+pub struct Lost {
+    /// Whose pages.
+    pub pid: i32,
+    /// How many.
+    pub pages: u64,
+    /// Address of the first.
+    pub first: u64,
+}
+
+/// Takes old content: process, page number, content of one or more pages.
+type Sink<'a> = &'a mut dyn FnMut(i32, u64, &[u8]) -> Result<()>;
+
+/// Watches over protected pages.
+trait Guard: fmt::Debug {
+    /// Makes ready what takes longer than a freeze may. `pages`: how many the processes have; `listed`: how many of
+    /// them are on the list, about.
+    fn prepare(&mut self, pages: u64, listed: u64) -> Result<()>;
+
+    /// Begins; the processes are stopped. Gives the pages that are guarded: what is not must be copied now.
+    fn begin(&mut self, spaces: &[&Space]) -> Result<BTreeMap<i32, PageSet>>;
+
+    /// Hands over the old content that it has saved so far; lets programs go on that wait for that.
+    fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<()>;
+
+    /// Which of these pages are still on the list: of the others it has saved the old content.
+    fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet;
+
+    /// These pages are saved: they need not be watched any more.
+    fn release(&mut self, pid: i32, pages: &PageSet);
+
+    /// Everything is saved. Writes are tracked as before; gives what was written unnoticed by the trackers.
+    fn end(self: Box<Self>, spaces: &BTreeMap<i32, Space>, pids: &[i32]) -> Result<BTreeMap<i32, PageSet>>;
+
+    /// Does the program wait for us at its first write to a page, for as long as it takes?
+    fn is_patient(&self) -> bool;
 }
 
 /// Pages that are guarded while the program runs.
 #[derive(Debug)]
 pub struct Cow {
+    guard: Box<dyn Guard>,
     guarded: BTreeMap<i32, PageSet>,
 }
 
 impl Cow {
-    /// Guards the previous lists of these spaces, whose processes are stopped. Nothing where that is not possible.
+    /// The guard that goes with a way; none for [`Way::Stop`]. What the kernel offers is found out by trying.
+    ///
+    /// # Errors
+    /// The way that was asked for by name is not to be had.
+    pub fn choose(way: Way) -> Result<Option<Self>> {
+        let cow = |guard: Box<dyn Guard>| Some(Self { guard, guarded: BTreeMap::new() });
+        Ok(match (way, bpf::probe()) {
+            (Way::Stop, _) => None,
+            (Way::Bpf | Way::Auto, Ok(())) => cow(Box::new(bpf::BpfGuard::default())),
+            (Way::Bpf, Err(error)) => return Err(error).context("guarding pages by a BPF program"),
+            (Way::Auto, Err(error)) => {
+                tracing::info!("pages are guarded by a userfaultfd: {error:#}");
+                cow(Box::new(uffd::UffdGuard::default()))
+            }
+            (Way::Uffd, _) => cow(Box::new(uffd::UffdGuard::default())),
+        })
+    }
+
+    /// Makes ready what takes longer than a freeze may. `pages`: how many the processes have; `listed`: how many of
+    /// them are on the list, about.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn prepare(&mut self, pages: u64, listed: u64) -> Result<()> {
+        self.guard.prepare(pages, listed)
+    }
+
+    /// Guards the previous lists of these spaces, whose processes are stopped.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn begin(_: Way, _: &[&Space]) -> Result<Option<Self>> {
-        Ok(None)
+    pub fn begin(&mut self, spaces: &[&Space]) -> Result<()> {
+        self.guarded = self.guard.begin(spaces)?;
+        Ok(())
+    }
+
+    /// Does the guard need a userfaultfd in each process that lets write faults wait?
+    pub fn wants_asking(&self) -> bool {
+        self.guard.is_patient()
+    }
+
+    /// Does anything wait to be saved?
+    pub fn is_guarding(&self) -> bool {
+        self.guarded.values().any(|pages| !pages.is_empty())
     }
 
     /// Pages of a process that need not be copied now.
@@ -51,11 +140,88 @@ impl Cow {
         self.guarded.get(&pid).cloned().unwrap_or_default()
     }
 
-    /// Saves everything that is guarded.
+    /// Saves everything that is guarded, while the job runs.
     ///
     /// # Errors
-    /// Old content was lost.
-    pub fn save(self, _: &mut BTreeMap<i32, Space>, _: &mut Staging, _: &mut PartWriter) -> Result<()> {
+    /// [`Lost`]; no memory.
+    pub fn save(
+        mut self,
+        spaces: &mut BTreeMap<i32, Space>,
+        staging: &mut Staging,
+        part: &mut PartWriter,
+        pids: &[i32],
+    ) -> Result<()> {
+        // The program fills slots while we wait for a processor.
+        let _urgent = Urgent::now();
+        let mut delivered = Delivered::default();
+        let mut copied: BTreeMap<i32, PageSet> = BTreeMap::new();
+        for (pid, pages) in &self.guarded {
+            let space = spaces.get(pid).context("it was there at the cut")?;
+            for piece in pieces(pages, BATCH) {
+                if staging.room() < 2 * BATCH {
+                    make_room(&*self.guard, staging, part, pids)?;
+                }
+                let piece = self.guard.waiting(*pid, &piece);
+                let mark = staging.mark();
+                staging.copy_some(&space.origins(&piece))?;
+                let intact = tracker::unwritten(space.pagemap(), &piece, space.maps())?;
+                staging.keep_since(mark, &intact);
+                self.guard.release(*pid, &intact);
+                let all = copied.entry(*pid).or_default();
+                intact.ranges().iter().for_each(|range| all.push(range.clone()));
+                delivered.take(&mut *self.guard, spaces, staging)?;
+            }
+        }
+        delivered.take(&mut *self.guard, spaces, staging)?;
+        for (pid, pages) in &self.guarded {
+            let saved = delivered.0.remove(pid).unwrap_or_default().into_iter().collect::<PageSet>();
+            let lost = pages.difference(&copied.remove(pid).unwrap_or_default()).difference(&saved);
+            if let Some(first) = lost.ranges().first() {
+                let first = first.start * PAGE_SIZE as u64;
+                return Err(Lost { pid: *pid, pages: lost.pages(), first }.into());
+            }
+            let space = spaces.get_mut(pid).context("it was there at the cut")?;
+            space.statistics.before_write += saved.bytes();
+            space.lists.save(pages);
+        }
+        for (pid, written) in self.guard.end(spaces, pids)? {
+            if let Some(space) = spaces.get_mut(&pid) {
+                space.written_later = written;
+            }
+        }
         Ok(())
     }
+}
+
+/// Pages whose old content the guard has saved, by process.
+#[derive(Default)]
+struct Delivered(BTreeMap<i32, Vec<Range<u64>>>);
+
+impl Delivered {
+    /// Takes what the guard has saved since.
+    fn take(
+        &mut self,
+        guard: &mut dyn Guard,
+        spaces: &BTreeMap<i32, Space>,
+        staging: &mut Staging,
+    ) -> Result<()> {
+        guard.deliver(spaces, &mut |pid, page, content| {
+            let space = spaces.get(&pid).context("pages of an unknown process")?;
+            self.0.entry(pid).or_default().push(page..page + (content.len() / PAGE_SIZE) as u64);
+            staging.add(space.id, page, content)
+        })
+    }
+}
+
+/// Hands copies to the store, which takes its time: a job that would overrun its guard meanwhile waits.
+fn make_room(guard: &dyn Guard, staging: &mut Staging, part: &mut PartWriter, pids: &[i32]) -> Result<()> {
+    let frozen = match guard.is_patient() {
+        true => None,
+        false => Some(Frozen::freeze(pids).context("stopping the job until there is room for copies")?),
+    };
+    let saved = staging.save(part);
+    if let Some(frozen) = frozen {
+        frozen.thaw().context("letting the job run on")?;
+    }
+    saved
 }

@@ -267,6 +267,53 @@ fn a_base_that_was_pruned_is_not_pointed_into() {
     assert!(read(&store, &part).unwrap() == *memory);
 }
 
+/// Increments for ever: the packs stay few, and each increment small.
+#[test]
+fn almost_empty_packs_are_left_behind() {
+    for with_base in [false, true] {
+        let (_directory, store) = new_store();
+        let mut memory = Memory::from([(0, (0..320).map(|n| (n, page(2, n))).collect())]);
+        let mut last = (commit(&store, "shop", &memory), memory.clone());
+        for round in 0..40_u64 {
+            // Always other pages, so that every pack stays in use for long: a whole chunk, and one page.
+            let window = 16 * (round % 20);
+            for n in (window..window + 16).chain([(round * 7) % 320]) {
+                memory.get_mut(&0).unwrap().insert(n, page(2, 1000 * round + n));
+            }
+            let base = store.open_part(&last.0.manifest.nodes[0].part).unwrap();
+            let dump = store.begin_dump(&job("shop")).unwrap();
+            let options = PartOptions {
+                dump: Some(dump.id().clone()),
+                base: with_base.then(|| base.clone()),
+                most_packs: Some(6),
+                ..Default::default()
+            };
+            let mut part = store.part_writer(options).unwrap();
+            part.memory(MemoryId(0)).unwrap();
+            for (&number, content) in &memory[&0] {
+                if last.1[&0].get(&number) == Some(content) {
+                    let map = base.page_map(MemoryId(0)).unwrap();
+                    let runs: Vec<_> = pages::slice(map, number, number + 1).collect();
+                    part.inherit(MemoryId(0), &base, &runs).unwrap();
+                } else {
+                    part.pages(MemoryId(0), number, content).unwrap();
+                    // What is taken over gives way to what is said, as all that is inherited does.
+                    let map = base.page_map(MemoryId(0)).unwrap();
+                    let runs: Vec<_> = pages::slice(map, number, number + 1).collect();
+                    part.inherit(MemoryId(0), &base, &runs).unwrap();
+                }
+            }
+            let part = part.finish().unwrap();
+            assert!(store.open_part(&part).unwrap().packs().len() <= 7, "round {round}");
+            assert!(part.inherited_pages > 200, "round {round}: {}", part.inherited_pages);
+            last = (dump.commit(manifest(part)).unwrap(), memory.clone());
+            store.prune(None, keep(1), false).unwrap();
+        }
+        assert_whole(&store, &[last]);
+        assert!(files_in(&store, "packs") <= 7);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 

@@ -1,0 +1,34 @@
+//! The programs of ckpt that run in the kernel, as `cargo xtask build-ebpf` has built them.
+
+use anyhow::{Context, Result, anyhow};
+use aya::programs::ProgramError;
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ckpt-ebpf/prebuilt/ckpt.bpf.o");
+
+/// Makes the maps, with the sizes that are given by name, and loads no program yet.
+///
+/// # Errors
+/// No privilege (CAP_BPF), or no memory.
+pub fn load(sizes: &[(&str, u32)]) -> Result<Ebpf> {
+    let mut loader = EbpfLoader::new();
+    for (name, entries) in sizes {
+        loader.map_max_entries(name, *entries);
+    }
+    loader.load(OBJECT).map_err(hint).context("load the BPF object")
+}
+
+/// Adds what to do to the commonest failures.
+fn hint(error: EbpfError) -> anyhow::Error {
+    let text = match &error {
+        EbpfError::MapError(aya::maps::MapError::CreateError { io_error, .. }) => io_error.raw_os_error(),
+        EbpfError::ProgramError(ProgramError::LoadError { io_error, .. }) => io_error.raw_os_error(),
+        _ => None,
+    };
+    match text {
+        Some(libc::EPERM) => {
+            anyhow!(error).context("BPF is not allowed\nhint: CAP_BPF and CAP_NET_ADMIN are needed")
+        }
+        _ => anyhow!(error),
+    }
+}
