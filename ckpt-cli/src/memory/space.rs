@@ -5,15 +5,15 @@ use super::lists::CommitLists;
 use super::page_set::PageSet;
 use super::staging::Origin;
 use super::tracker::{self, Scan, Tracker};
+use crate::sys::userfaultfd::Userfaultfd;
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
 use crate::tracee::proc::{Map, Maps};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
-use crate::sys::userfaultfd::Userfaultfd;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 /// Most bytes of mappings that are looked at before the clock is.
@@ -223,8 +223,10 @@ impl Space {
         let maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
         let made = frozen.with_arena(finder, &maps, |threads, arena| {
             let leader = threads.first_mut().context("it has no thread left")?;
-            let tracking = (!tracks).then(|| attach::userfaultfd(leader, arena, attach::TRACKING)).transpose()?;
-            let asking = wants_asking.then(|| attach::userfaultfd(leader, arena, attach::ASKING)).transpose()?;
+            let tracking =
+                (!tracks).then(|| attach::userfaultfd(leader, arena, attach::TRACKING)).transpose()?;
+            let asking =
+                wants_asking.then(|| attach::userfaultfd(leader, arena, attach::ASKING)).transpose()?;
             Ok((tracking, asking))
         });
         match made {

@@ -142,8 +142,10 @@ pub fn unwritten(pagemap: &File, pages: &PageSet, maps: &[Map]) -> Result<PageSe
     let mut found = PageSet::default();
     for (Range { start, end }, own) in walks(maps, &span) {
         let query = Query { any: category::PRESENT, ..own.but_not(category::WRITTEN) };
-        pagemap::scan(pagemap.as_fd(), start, end, query, |region| found.push_addresses(region.start, region.end))
-            .context("looking for pages that were written")?;
+        pagemap::scan(pagemap.as_fd(), start, end, query, |region| {
+            found.push_addresses(region.start, region.end)
+        })
+        .context("looking for pages that were written")?;
     }
     Ok(found.intersection(pages))
 }

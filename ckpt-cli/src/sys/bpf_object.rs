@@ -32,3 +32,13 @@ fn hint(error: EbpfError) -> anyhow::Error {
         _ => anyhow!(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_is_there() {
+        assert_eq!(&OBJECT[..4], b"\x7fELF");
+    }
+}

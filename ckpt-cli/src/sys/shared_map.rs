@@ -92,10 +92,7 @@ impl SharedMap<ckpt_common::bpf::CowControl> {
         let control = self.entry(0);
         // SAFETY: two aligned words of the mapping, which lives as long as `self`.
         unsafe {
-            (
-                AtomicU64::from_ptr(&raw mut (*control).taken),
-                AtomicU64::from_ptr(&raw mut (*control).emptied),
-            )
+            (AtomicU64::from_ptr(&raw mut (*control).taken), AtomicU64::from_ptr(&raw mut (*control).emptied))
         }
     }
 }

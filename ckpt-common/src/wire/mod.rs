@@ -382,7 +382,7 @@ mod tests {
         let mut other = preamble();
         other[8] = 9;
         let error = check_preamble(&other).unwrap_err().to_string();
-        assert_eq!(error, "protocol has version 9, but this ckpt reads only up to version 1");
+        assert_eq!(error, "protocol has version 9, but this ckpt reads only up to version 2");
     }
 
     #[test]

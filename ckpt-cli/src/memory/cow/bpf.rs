@@ -10,8 +10,8 @@ use anyhow::{Context as _, Result, ensure};
 use aya::programs::BtfTracePoint;
 use aya::{Btf, Ebpf};
 use ckpt_common::bpf::{
-    COW_MAX_NAMESPACES, COW_MAX_REGIONS, COW_RESERVE, CowControl, CowPage, CowRegion, PageState, PidNamespace,
-    SlotOwner,
+    COW_MAX_NAMESPACES, COW_MAX_REGIONS, COW_RESERVE, CowControl, CowPage, CowRegion, PageState,
+    PidNamespace, SlotOwner,
 };
 use nix::sys::stat::{major, minor, stat};
 use std::collections::BTreeMap;
@@ -51,11 +51,7 @@ struct Loaded {
 impl Loaded {
     /// Loads and attaches the programs, with nothing guarded yet.
     fn new(pages: u64, slots: u64) -> Result<Self> {
-        let sizes = [
-            ("COW_PAGES", pages as u32),
-            ("COW_SLOTS", slots as u32),
-            ("COW_OWNERS", slots as u32),
-        ];
+        let sizes = [("COW_PAGES", pages as u32), ("COW_SLOTS", slots as u32), ("COW_OWNERS", slots as u32)];
         let mut programs = bpf_object::load(&sizes)?;
         let btf = Btf::from_sys_fs().context("types of the kernel (/sys/kernel/btf/vmlinux)")?;
         for (name, tracepoint) in
@@ -90,7 +86,11 @@ impl Loaded {
     }
 }
 
-fn shared<T: crate::sys::shared_map::Plain>(programs: &Ebpf, name: &str, length: usize) -> Result<SharedMap<T>> {
+fn shared<T: crate::sys::shared_map::Plain>(
+    programs: &Ebpf,
+    name: &str,
+    length: usize,
+) -> Result<SharedMap<T>> {
     let map = programs.map(name).with_context(|| format!("the object has no map {name}"))?;
     let aya::maps::Map::Array(data) = map else { anyhow::bail!("{name} is no array") };
     SharedMap::new(data.fd().as_fd(), length).with_context(|| format!("mapping {name}"))
@@ -210,7 +210,8 @@ impl Loaded {
             for word in first..first + (range.end - range.start) as usize {
                 let (listed, free) = (PageState::Listed as u64, PageState::Free as u64);
                 // Where the program was faster, its copy is the same as ours.
-                let _ = self.pages.word(word).compare_exchange(listed, free, Ordering::AcqRel, Ordering::Relaxed);
+                let _ =
+                    self.pages.word(word).compare_exchange(listed, free, Ordering::AcqRel, Ordering::Relaxed);
             }
         }
     }

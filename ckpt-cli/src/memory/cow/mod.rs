@@ -43,7 +43,9 @@ pub enum Way {
 
 /// Old content of pages was overwritten before it could be saved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{pages} pages of process {pid}, from {first:#x} on, were overwritten or unmapped before they could be copied")]
+#[error(
+    "{pages} pages of process {pid}, from {first:#x} on, were overwritten or unmapped before they could be copied"
+)]
 pub struct Lost {
     /// Whose pages.
     pub pid: i32,

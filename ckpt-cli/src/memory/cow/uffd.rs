@@ -42,7 +42,9 @@ fn bytes(range: &Range<u64>) -> (u64, u64) {
 impl Guarded {
     /// Changes the mappings of a stopped process over; gives the listed pages in them.
     fn begin(&mut self, space: &Space, asking: &Userfaultfd) -> Result<PageSet> {
-        let (Some(tracking), list) = (space.tracker(), space.lists.previous()) else { return Ok(PageSet::default()) };
+        let (Some(tracking), list) = (space.tracker(), space.lists.previous()) else {
+            return Ok(PageSet::default());
+        };
         let mut guarded = PageSet::default();
         for map in space.maps().iter().filter(|map| map.inode == 0 && tracker::is_private(map)) {
             let range = map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64;
@@ -97,7 +99,8 @@ impl Guard for UffdGuard {
     fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<()> {
         let mut content = vec![0; AROUND as usize * PAGE_SIZE];
         for (pid, guarded) in &mut self.processes {
-            let Some((space, asking)) = spaces.get(pid).and_then(|space| Some((space, space.asking()?))) else {
+            let Some((space, asking)) = spaces.get(pid).and_then(|space| Some((space, space.asking()?)))
+            else {
                 continue;
             };
             loop {
@@ -128,7 +131,8 @@ impl Guard for UffdGuard {
                     }
                     let around = group * AROUND * PAGE_SIZE as u64;
                     let around = around..around + AROUND * PAGE_SIZE as u64;
-                    let within = guarded.mappings.iter().find(|(start, end)| (*start..*end).contains(&fault.address));
+                    let within =
+                        guarded.mappings.iter().find(|(start, end)| (*start..*end).contains(&fault.address));
                     let (start, end) = within.map_or((around.start, around.end), |(start, end)| {
                         (around.start.max(*start), around.end.min(*end))
                     });
@@ -144,7 +148,9 @@ impl Guard for UffdGuard {
 
     fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet {
         let Some(guarded) = self.processes.get(&pid) else { return PageSet::default() };
-        let listed = |page: &u64| guarded.listed.get(&(page / AROUND)).is_some_and(|bits| bits & 1 << (page % AROUND) != 0);
+        let listed = |page: &u64| {
+            guarded.listed.get(&(page / AROUND)).is_some_and(|bits| bits & 1 << (page % AROUND) != 0)
+        };
         let mut waiting = PageSet::default();
         for page in pages.ranges().iter().cloned().flatten().filter(listed) {
             waiting.push(page..page + 1);

@@ -64,6 +64,7 @@ fn process() -> Process {
         flags: 0,
         advice: vec![14],
         locked: 0,
+        huge: false,
     };
     let shared = Backing::SharedFile { file: FileId(2), offset: 0 };
     Process {
