@@ -73,13 +73,17 @@ impl Frozen {
         }
     }
 
-    /// Lets everything run on. Errors of single threads do not keep the others frozen; the first is returned.
+    /// Lets everything run on. Errors of single threads do not keep the others frozen; the first is returned. That
+    /// a thread is gone is none: the first to run on may end the process.
     pub fn thaw(self) -> Result<()> {
         let mut first = Ok(());
         for process in self.processes.into_values() {
             for thread in process.threads {
-                let done = thread.release();
-                first = first.and(done);
+                match thread.release() {
+                    Err(TraceeError::Request { source, .. })
+                        if source.raw_os_error() == Some(libc::ESRCH) => {}
+                    done => first = first.and(done),
+                }
             }
         }
         first
