@@ -279,7 +279,10 @@ impl FrozenProcess {
         })?;
         let heals = scratch(self, maps, Stopped::healing_size());
         let leader = self.threads.first_mut().context("it has no thread left")?;
-        let arena = leader.map_arena(&pieces, heals, Arena::SMALL)?;
+        let arena = match Arena::left_in(self.pid, maps) {
+            Some(left) => left,
+            None => leader.map_arena(&pieces, heals, Arena::SMALL)?,
+        };
         let inside = act(&mut self.threads, arena);
         // A failure is looked at behind the removal.
         if let Some(leader) = self.threads.first_mut() {
