@@ -8,7 +8,11 @@ use super::{
 };
 use crate::{
     capture,
-    memory::{cow::Way, dump as memory, lazy::server},
+    memory::{
+        cow::{Lost, Way},
+        dump as memory,
+        lazy::server,
+    },
     objects::{self, tcp::CaptureError},
     rebuild,
     store::{PartReader, PartWriter, Store},
@@ -169,7 +173,9 @@ fn take_streams(pid: u32) -> Result<()> {
 /// What passes by itself is marked as such.
 fn classified(error: anyhow::Error) -> anyhow::Error {
     let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
-    if !passes {
+    // The next dump saves them before it lets the job run on.
+    let lost = error.downcast_ref::<Lost>().is_some();
+    if !passes && !lost {
         return error;
     }
     Classified { message: format!("{error:#}"), hint: None, class: FailureClass::Transient }.into()
@@ -214,7 +220,7 @@ impl DumpSession for LiveDump {
     }
 
     fn save(&mut self, part: &mut PartWriter) -> Result<()> {
-        self.session()?.save(part)
+        self.session()?.save(part).map_err(classified)
     }
 
     fn memory(&self) -> MemoryReport {
@@ -258,5 +264,23 @@ impl RestoreSession for LiveRestore {
 
     fn release(self: Box<Self>) -> Result<Vec<i32>> {
         self.0.release()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::error::failure_of;
+
+    #[test]
+    fn lost_pages_pass_with_the_next_attempt() {
+        let lost = || anyhow::Error::from(Lost { pid: 7, pages: 2, first: 0x1000 });
+        for error in [lost(), lost().context("saving memory")] {
+            let failure = failure_of(&classified(error));
+            assert_eq!(failure.class, FailureClass::Transient);
+            assert!(failure.message.contains("2 pages of process 7"), "{}", failure.message);
+        }
+        let other = failure_of(&classified(anyhow::anyhow!("no memory")));
+        assert_eq!(other.class, FailureClass::Other);
     }
 }

@@ -1,7 +1,7 @@
 //! A dump in the making: its temporary directory, its locks, its commit, and its end.
 
 use super::{Hold, JobName, Result, Store, StoreError, files, locks::try_lock};
-use ckpt_common::image::manifest::{Checkpoint, Manifest};
+use ckpt_common::image::manifest::{Checkpoint, Manifest, PartRef};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
@@ -69,9 +69,13 @@ impl Workspace {
     }
 
     /// Drops the temporary files and leaves alone what was put into place.
-    pub(super) fn keep(mut self) -> Result<()> {
+    pub(super) fn keep(self) -> Result<()> {
+        self.end(Stays::Everything)
+    }
+
+    fn end(mut self, stays: Stays<'_>) -> Result<()> {
         self.kept = true;
-        clear(&self.store, &self.id, true)
+        clear(&self.store, &self.id, stays)
     }
 }
 
@@ -79,7 +83,7 @@ impl Drop for Workspace {
     fn drop(&mut self) {
         if !self.kept {
             // What cannot be removed now is removed by the next dump's sweep.
-            let _ = clear(&self.store, &self.id, false);
+            let _ = clear(&self.store, &self.id, Stays::Nothing);
         }
         let _ = self.lock.unlock();
     }
@@ -145,7 +149,7 @@ impl Store {
             if try_lock(&lock, &path)? {
                 let committed = self.is_committed(&id);
                 tracing::info!(dump = id.0, committed, "removing what a dead dump has left");
-                clear(self, &id, committed)?;
+                clear(self, &id, if committed { Stays::Everything } else { Stays::Nothing })?;
             }
         }
         Ok(())
@@ -185,7 +189,7 @@ impl Dump {
         files::rename(&temporary, &directory.join(format!("{}.json", self.number)))?;
         // From here on the checkpoint exists, so its files stay whatever happens next.
         let flushed = files::sync_dir(&directory);
-        if let Err(error) = self.workspace.keep() {
+        if let Err(error) = self.workspace.end(Stays::Of(&manifest)) {
             tracing::warn!(%error, "the checkpoint is committed, but temporary files remain");
         }
         flushed?;
@@ -197,12 +201,39 @@ fn lock_path(store: &Store, id: &DumpId) -> PathBuf {
     store.tmp().join(format!("{}.lock", id.0))
 }
 
-/// Removes a dump's temporary files and, unless it was committed, what its writers have put into
-/// place. The caller holds its lock.
+/// What stays of the files that a dump's writers have put into place.
+#[derive(Clone, Copy)]
+enum Stays<'a> {
+    /// It was not committed.
+    Nothing,
+    /// What the manifest names: a node may have been done before another one had to begin again.
+    Of(&'a Manifest),
+    /// It was committed, and that is all we know.
+    Everything,
+}
+
+impl Stays<'_> {
+    /// Does a file stay, such as `packs/ID.pack`?
+    fn includes(self, name: &str) -> bool {
+        let named = |part: &PartRef| {
+            let mut packs = part.packs.iter();
+            name == format!("parts/{}.part", part.id)
+                || packs.any(|pack| name == format!("packs/{}.pack", pack.id))
+        };
+        match self {
+            Self::Nothing => false,
+            Self::Of(manifest) => manifest.nodes.iter().any(|node| named(&node.part)),
+            Self::Everything => true,
+        }
+    }
+}
+
+/// Removes a dump's temporary files, and what its writers have put into place and is not to stay.
+/// The caller holds its lock.
 ///
 /// The directory is renamed first: a writer that is still alive can then neither move a file to
 /// its place nor begin another one, so its lists are complete when they are read.
-fn clear(store: &Store, id: &DumpId, committed: bool) -> Result<()> {
+fn clear(store: &Store, id: &DumpId, stays: Stays<'_>) -> Result<()> {
     let (living, dead) = (store.tmp().join(&id.0), store.tmp().join(format!("{}.dead", id.0)));
     match std::fs::rename(&living, &dead) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -211,16 +242,14 @@ fn clear(store: &Store, id: &DumpId, committed: bool) -> Result<()> {
         _ => {}
     }
     if dead.is_dir() {
-        if !committed {
-            remove_published(store, &dead)?;
-        }
+        remove_published(store, &dead, stays)?;
         std::fs::remove_dir_all(&dead).map_err(StoreError::io("remove", dead))?;
     }
     let lock = lock_path(store, id);
     std::fs::remove_file(&lock).map_err(StoreError::io("remove", lock))
 }
 
-fn remove_published(store: &Store, directory: &Path) -> Result<()> {
+fn remove_published(store: &Store, directory: &Path, stays: Stays<'_>) -> Result<()> {
     for entry in std::fs::read_dir(directory).map_err(StoreError::io("read directory", directory))? {
         let path = entry.map_err(StoreError::io("read directory", directory))?.path();
         if path.extension().is_none_or(|extension| extension != "names") {
@@ -230,7 +259,8 @@ fn remove_published(store: &Store, directory: &Path) -> Result<()> {
         for name in String::from_utf8_lossy(&list).lines() {
             let file = name.strip_prefix("packs/").or_else(|| name.strip_prefix("parts/"));
             // A list that was cut off by a crash was not acted upon beyond its whole lines.
-            if !file.is_some_and(|file| !file.contains('/') && !file.starts_with('.')) {
+            if !file.is_some_and(|file| !file.contains('/') && !file.starts_with('.')) || stays.includes(name)
+            {
                 continue;
             }
             let path = store.root().join(name);

@@ -44,6 +44,14 @@ impl FakeEngine {
         Ok(fs::write(self.path(name), text)?)
     }
 
+    /// Takes one off the number in a file. False if none was left, or there is no such file.
+    fn take_one(&self, name: &str) -> Result<bool> {
+        let left = fs::read_to_string(self.path(name)).ok().and_then(|n| n.parse::<u32>().ok());
+        let Some(left) = left.filter(|&left| left > 0) else { return Ok(false) };
+        self.put(name, &(left - 1).to_string())?;
+        Ok(true)
+    }
+
     /// Lines of: local address, other address, send start, send end, next to receive.
     fn connections(&self) -> Result<Vec<Connection>> {
         let text = fs::read_to_string(self.path("connections")).unwrap_or_default();
@@ -71,7 +79,9 @@ impl FakeEngine {
 }
 
 impl Engine for FakeEngine {
-    fn plan_dump(&self, _: &[i32], _: &DumpTask, _: &Store) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+    fn plan_dump(&self, _: &[i32], task: &DumpTask, _: &Store) -> Result<(Box<dyn DumpSession>, PlanReport)> {
+        let cow = fs::read_to_string(self.path("cow")).unwrap_or_default();
+        self.put("cow", &format!("{cow}{:?} ", task.options.cow))?;
         let blocker = Blocker {
             pid: 1,
             process: "fake".into(),
@@ -98,6 +108,11 @@ impl Engine for FakeEngine {
     }
 }
 
+/// A failure that passes by itself.
+fn passes(message: &str) -> anyhow::Error {
+    Classified { message: message.into(), hint: None, class: FailureClass::Transient }.into()
+}
+
 struct FakeDump(FakeEngine);
 
 impl DumpSession for FakeDump {
@@ -112,11 +127,8 @@ impl DumpSession for FakeDump {
     fn cut(&mut self) -> Result<CutReport> {
         self.0.put("was-cut", "")?;
         self.0.put("frozen", &std::process::id().to_string())?;
-        let left = fs::read_to_string(self.0.path("flaky")).ok().and_then(|n| n.parse::<u32>().ok());
-        if let Some(left) = left.filter(|&left| left > 0) {
-            self.0.put("flaky", &(left - 1).to_string())?;
-            let message = "a connection is not accepted yet; in a moment it may be".to_owned();
-            return Err(Classified { message, hint: None, class: FailureClass::Transient }.into());
+        if self.0.take_one("flaky")? {
+            return Err(passes("a connection is not accepted yet; in a moment it may be"));
         }
         Ok(CutReport { us: 1, processes: self.0.processes(), bytes: PAGE_SIZE as u64 })
     }
@@ -131,6 +143,9 @@ impl DumpSession for FakeDump {
     }
 
     fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        if self.0.take_one("loses")? {
+            return Err(passes("1 pages of process 1 were overwritten before they could be copied"));
+        }
         let (label, kind) = ("pipe:[1]".into(), "pipe".into());
         let (owner, payload) = ((0, 0, 0), Vec::new());
         part.record(&OpenFile { id: FileId(1), flags: 0, owner, label, kind, version: 1, payload })?;

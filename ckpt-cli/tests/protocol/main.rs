@@ -29,6 +29,7 @@ fn main() {
         trial("connections_are_sorted_into_channels", connections_are_sorted_into_channels),
         trial("connections_that_lead_out_block", connections_that_lead_out_block),
         trial("what_passes_by_itself_is_tried_again", what_passes_by_itself_is_tried_again),
+        trial("what_was_lost_is_copied_in_the_freeze", what_was_lost_is_copied_in_the_freeze),
         trial("agents_that_are_none_are_told_apart", agents_that_are_none_are_told_apart),
         trial("a_hanging_agent_does_not_hang_the_job", a_hanging_agent_does_not_hang_the_job),
         trial("a_stopped_coordinator_is_given_up", a_stopped_coordinator_is_given_up),
@@ -125,6 +126,20 @@ fn what_passes_by_itself_is_tried_again() {
     scene.put("n1.flaky", "1000");
     let (code, text) = scene.dump(&["n1", "n2"]).run();
     assert!(code == 4 && text.contains("a moment"), "{code} {text}");
+    scene.assert_unharmed();
+    scene.assert_whole(1);
+}
+
+/// Memory that was overwritten while it was saved: the next attempt copies it while the job stands, on
+/// all nodes. What passes by itself earlier changes nothing.
+fn what_was_lost_is_copied_in_the_freeze() {
+    let scene = Scene::new();
+    scene.put("n1.flaky", "1");
+    scene.put("n1.loses", "1");
+    assert_eq!(scene.dump(&["n1", "n2"]).run(), (0, "job@1".into()));
+    for node in ["n1", "n2"] {
+        assert_eq!(scene.get(&format!("{node}.cow")), "Auto Auto Stop ");
+    }
     scene.assert_unharmed();
     scene.assert_whole(1);
 }

@@ -13,8 +13,8 @@ use crate::{
 use ckpt_common::{
     image::manifest::{Channel, Checkpoint, DumpRecord, Manifest, NodePart, PhaseTime},
     wire::{
-        Blocker, Connection, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request, Response,
-        SaveReport, Selector,
+        Blocker, Connection, CopyBeforeWrite, CutReport, DumpOptions, DumpTask, Phase, PlanReport, Request,
+        Response, SaveReport, Selector,
     },
 };
 use crossbeam_channel::RecvTimeoutError;
@@ -108,14 +108,23 @@ impl Run<'_> {
     }
 
     /// Some states pass by themselves, such as a connection that is not accepted yet: then the job
-    /// runs on for a moment before the next attempt.
+    /// runs on for a moment before the next attempt. What was overwritten while it was saved is copied
+    /// in the freeze the next time.
     fn attempts(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
+        let mut options = self.request.options.clone();
         for attempt in 1.. {
-            let error = match self.until_saved(links, dump) {
+            let error = match self.until_saved(links, dump, &options) {
                 Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
                 result => return result,
             };
-            self.context.observer.warn(&format!("{error}; trying again"));
+            let how = match fails_to_save(&error) && options.cow != CopyBeforeWrite::Stop {
+                true => {
+                    options.cow = CopyBeforeWrite::Stop;
+                    "trying again, with a freeze until all memory is copied"
+                }
+                false => "trying again",
+            };
+            self.context.observer.warn(&format!("{error}; {how}"));
             abort(links, self.context);
             self.times.borrow_mut().clear();
             thread::sleep(BETWEEN_ATTEMPTS * attempt);
@@ -124,8 +133,8 @@ impl Run<'_> {
     }
 
     /// Everything before the commit. Links to nodes without processes of the job are dropped.
-    fn until_saved(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
-        let plans = self.phase(Phase::Plan, || self.plan(links, dump))?;
+    fn until_saved(&self, links: &mut Vec<Link>, dump: &Dump, options: &DumpOptions) -> Result<Manifest> {
+        let plans = self.phase(Phase::Plan, || self.plan(links, dump, options))?;
         self.note_left_out(links, &plans);
         let (links, stop) = (&*links, self.request.options.stop);
         self.phase(Phase::Arm, || ask_all(links, self.context, |_| Request::Arm, done))?;
@@ -173,13 +182,13 @@ impl Run<'_> {
 
     /// Asks for plans until every connection's other end is found, or is missing for good:
     /// connections come and go while the nodes look.
-    fn plan(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Vec<PlanReport>> {
+    fn plan(&self, links: &mut Vec<Link>, dump: &Dump, options: &DumpOptions) -> Result<Vec<PlanReport>> {
         let task = DumpTask {
             store: self.request.store.to_string_lossy().into_owned(),
             job: self.request.job.to_string(),
             dump: dump.id().as_str().to_owned(),
             selector: self.request.selector.clone(),
-            options: self.request.options.clone(),
+            options: options.clone(),
         };
         let take = |response| match response {
             Response::Planned(report) => Some(report),
@@ -321,6 +330,11 @@ impl Run<'_> {
         self.context.observer.warn(&format!("after the commit: {error}"));
         Ok(())
     }
+}
+
+/// Could what was taken in the cut not be saved?
+fn fails_to_save(error: &ClusterError) -> bool {
+    matches!(error, ClusterError::Agent { phase, .. } if *phase == Phase::Save.to_string())
 }
 
 /// Connections whose other end is not in the job: on other machines, and on the job's own nodes.
