@@ -93,7 +93,8 @@ fn killed_at_random_instants() -> Result<()> {
             ensure!(Instant::now() < deadline, "an agent does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let states = states(job.pid()).with_context(|| format!("the job ended after {number} kills: {:?}", job.output()))?;
+        let states = states(job.pid())
+            .with_context(|| format!("the job ended after {number} kills: {:?}", job.output()))?;
         ensure!(!states.contains(['T', 't', 'Z', 'X']), "after {number} kills its threads are {states}");
     }
     // What a killed one has left in the process goes with the next dump.
@@ -118,12 +119,27 @@ fn no_modified_page_is_lost() -> Result<()> {
     job.until_output("ready")?;
     proof::dump_and_compare(&job, "auto", "10ms", "the first checkpoint")?;
     for who in ["coordinator", &node] {
-        for point in ["arm", "arm-end", "cut", "cut-end", "settle-end", "run-end", "save", "save-end", "commit", "commit-end"] {
+        for point in [
+            "arm",
+            "arm-end",
+            "cut",
+            "cut-end",
+            "settle-end",
+            "run-end",
+            "save",
+            "save-end",
+            "commit",
+            "commit-end",
+        ] {
             for action in ["kill", "error"] {
                 let fault = format!("{who}:{point}:{action}");
                 job.pause(10);
                 let pid = job.pid().to_string();
-                let output = job.command()?.env("CKPT_FAULT", &fault).args(["dump", "--pid", &pid, "--name", job.name()]).output()?;
+                let output = job
+                    .command()?
+                    .env("CKPT_FAULT", &fault)
+                    .args(["dump", "--pid", &pid, "--name", job.name()])
+                    .output()?;
                 // After the commit there is a checkpoint, whatever becomes of ckpt.
                 ensure!(!output.status.success() || point.starts_with("commit"), "{fault} had no effect");
                 job.pause(10);
@@ -195,7 +211,13 @@ fn no_modified_page_is_lost_on_a_full_disk() -> Result<()> {
         let mut failed = 0;
         for _ in 0..4 {
             job.pause(300);
-            failed += u32::from(!job.command()?.args(["dump", "--pid", &pid, "--name", job.name()]).output()?.status.success());
+            failed += u32::from(
+                !job.command()?
+                    .args(["dump", "--pid", &pid, "--name", job.name()])
+                    .output()?
+                    .status
+                    .success(),
+            );
         }
         ensure!(failed > 0, "the store never filled up");
         let options = Command::new("mount").args(["-o", "remount,size=400m"]).arg(&store).status()?;

@@ -37,10 +37,12 @@ impl Arena {
     pub fn left_in(pid: i32, maps: &Maps) -> Option<Self> {
         let code = batch_code::bytes();
         let mut there = vec![0; code.len()];
-        let like_ours = |map: &&Map| map.size() == Self::SMALL && map.prot == 7 && !map.shared && map.inode == 0;
-        let left = maps.iter().filter(like_ours).find(|map| {
-            memory::read(pid, map.start, &mut there).is_ok() && there == code
-        });
+        let like_ours =
+            |map: &&Map| map.size() == Self::SMALL && map.prot == 7 && !map.shared && map.inode == 0;
+        let left = maps
+            .iter()
+            .filter(like_ours)
+            .find(|map| memory::read(pid, map.start, &mut there).is_ok() && there == code);
         left.map(|map| Self { base: map.start, len: Self::SMALL })
     }
 

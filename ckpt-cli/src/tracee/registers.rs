@@ -62,18 +62,30 @@ pub fn name_restarted(pid: i32, regs: &mut UserRegs) {
         _ => -1,
     };
     let continued = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_poll, libc::SYS_futex];
-    let number = if continued.contains(&loaded) { loaded } else { guess(regs) };
+    let number = if continued.contains(&loaded) { loaded } else { guess(pid, regs) };
     regs.orig_rax = number as u64;
 }
 
-fn guess(regs: &UserRegs) -> i64 {
+fn guess(pid: i32, regs: &UserRegs) -> i64 {
     const PAGE: u64 = 4096;
-    const FUTEX_PRIVATE_FLAG: u64 = 128;
+    const FUTEX_COMMAND: u64 = 0x7f;
+    // struct timespec: seconds and nanoseconds.
+    let is_time = |address: u64| {
+        let mut time = [0; 16];
+        memory::read(pid, address, &mut time).is_ok()
+            && u64::from_ne_bytes(time[8..].try_into().unwrap_or_default()) < 1_000_000_000
+    };
     match (regs.rdi, regs.rsi) {
-        // A clock, or an array of descriptors.
-        (clock, flags) if clock < PAGE && flags < 2 && regs.rdx >= PAGE => libc::SYS_clock_nanosleep,
+        (clock, flags) if clock < PAGE && flags < 2 && is_time(regs.rdx) => libc::SYS_clock_nanosleep,
+        (_, operation)
+            if [libc::FUTEX_WAIT, libc::FUTEX_WAIT_BITSET]
+                .contains(&((operation & FUTEX_COMMAND) as i32))
+                && operation < PAGE
+                && is_time(regs.r10) =>
+        {
+            libc::SYS_futex
+        }
         (_, rest) if rest == 0 || rest >= PAGE => libc::SYS_nanosleep,
-        (_, operation) if operation >= FUTEX_PRIVATE_FLAG && regs.r10 >= PAGE => libc::SYS_futex,
         _ => libc::SYS_poll,
     }
 }
