@@ -94,8 +94,13 @@ impl Job {
 
     /// `ckpt` with the job's store, to be given its arguments.
     pub fn command(&self) -> Result<Command> {
+        self.command_for("store")
+    }
+
+    /// The same with another store in the job's directory.
+    pub fn command_for(&self, store: &str) -> Result<Command> {
         let mut command = Command::new(build_folder()?.join("ckpt"));
-        command.arg("--store").arg(self.path("store")).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        command.arg("--store").arg(self.path(store)).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
         Ok(command)
     }
 

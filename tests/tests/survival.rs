@@ -168,6 +168,25 @@ fn no_modified_page_is_lost_with_the_keeper() -> Result<()> {
     Ok(())
 }
 
+/// Two stores, each with a keeper of its own that wants to know what was written: neither takes it from the other.
+#[test]
+fn no_modified_page_is_lost_between_two_stores() -> Result<()> {
+    let mut job = Job::new("writers")?;
+    let program = job.build("writers")?;
+    fs::create_dir(job.path("references"))?;
+    job.start(&[&program, "random", "2", "16", "small"])?;
+    job.until_output("ready")?;
+    let pid = job.pid().to_string();
+    for number in 0..4 {
+        proof::dump_and_compare(&job, "auto", "10ms", &format!("beside {number} dumps into another store"))?;
+        job.pause(30);
+        let output = job.command_for("other")?.args(["dump", "--pid", &pid]).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        job.pause(30);
+    }
+    Ok(())
+}
+
 /// Keepers, each with a process whose memory it holds.
 fn keepers() -> Result<Vec<(i32, i32)>> {
     let mut keepers = Vec::new();

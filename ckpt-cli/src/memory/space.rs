@@ -218,6 +218,14 @@ impl Space {
                 Registered::All => return Ok(true),
                 Registered::NotAll => return Ok(false),
                 Registered::Gone => (self.tracker, self.asking) = (None, None),
+                Registered::Taken => {
+                    let pid = self.pid;
+                    tracing::warn!(
+                        pid,
+                        "its memory is tracked for another store, and is copied whole for this one"
+                    );
+                    (self.tracker, self.asking, self.untracked) = (None, None, true);
+                }
             }
         }
     }

@@ -57,6 +57,9 @@ pub enum Registered {
     NotAll,
     /// The address space is gone: the process runs another program, or has ended.
     Gone,
+    /// Another userfaultfd has some of it: that of another keeper, for another store. Whoever looks must not protect
+    /// pages then, which would make the other one forget that they were written.
+    Taken,
 }
 
 /// Tracks one address space.
@@ -94,7 +97,8 @@ impl Tracker {
             }
             match self.uffd.register(map.start, map.end, mode::WP) {
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Registered::Gone,
-                // Of a kind that cannot be registered, or in other hands: it counts as written each time.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Registered::Taken,
+                // Of a kind that cannot be registered: it counts as written each time.
                 Err(error) => tracing::debug!(start = map.start, %error, "memory that cannot be tracked"),
                 Ok(()) => {}
             }

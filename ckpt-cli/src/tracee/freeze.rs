@@ -284,6 +284,12 @@ impl FrozenProcess {
             None => leader.map_arena(&pieces, heals, Arena::SMALL)?,
         };
         let inside = act(&mut self.threads, arena);
+        // Whoever ran a batch stands in the arena still, and would run on there if we were killed.
+        let mut back = Ok(());
+        for thread in &mut self.threads {
+            back = back.and(thread.give_back());
+        }
+        back?;
         // A failure is looked at behind the removal.
         if let Some(leader) = self.threads.first_mut() {
             leader.unmap_arena(&pieces, heals, arena)?;
