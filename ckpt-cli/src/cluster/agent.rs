@@ -163,7 +163,7 @@ fn watch(shared: &Shared) {
 
 enum State {
     Idle,
-    Dump(Dumping),
+    Dump(Box<Dumping>),
     Restore(Box<dyn RestoreSession>),
     Released(Vec<i32>),
 }
@@ -274,7 +274,8 @@ impl Agent<'_> {
         self.state = State::Idle;
         let (session, mut report) = self.engine.plan_dump(&pids, &task, &store)?;
         report.addresses = addresses;
-        self.state = State::Dump(Dumping { part: None, session, store, task, saved: PartRef::default() });
+        let dumping = Dumping { part: None, session, store, task, saved: PartRef::default() };
+        self.state = State::Dump(Box::new(dumping));
         Ok(report)
     }
 

@@ -253,7 +253,7 @@ impl MemoryDump {
                 let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
                 let copied: PageSet = wanted
                     .iter()
-                    .flat_map(|(_, _, ranges)| ranges)
+                    .flat_map(|wanted| &wanted.ranges)
                     .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
                     .collect();
                 let copied = copied.difference(&failed);

@@ -115,10 +115,10 @@ impl Keeper {
     pub fn give(mut self, state: State) -> Result<()> {
         let (stored, fds) = split(state);
         let message = Message::State(Some(stored));
-        if let Some(stream) = &mut self.stream {
-            if hand_over(stream, &message, &fds).is_ok() {
-                return Ok(());
-            }
+        if let Some(stream) = &mut self.stream
+            && hand_over(stream, &message, &fds).is_ok()
+        {
+            return Ok(());
         }
         hand_over(&mut self.start().context("starting a keeper for the next dump")?, &message, &fds)
     }

@@ -3,7 +3,7 @@
 use super::attach;
 use super::lists::CommitLists;
 use super::page_set::PageSet;
-use super::staging::Origin;
+use super::staging::{Origin, Wanted};
 use super::tracker::{self, Registered, Scan, Tracker};
 use crate::sys::userfaultfd::Userfaultfd;
 use crate::tracee::freeze::FrozenProcess;
@@ -263,14 +263,14 @@ impl Space {
     }
 
     /// What of these pages is to be copied, by how it can be read.
-    pub fn origins(&self, pages: &PageSet) -> Vec<(MemoryId, Origin<'_>, Vec<(u64, u64)>)> {
+    pub fn origins(&self, pages: &PageSet) -> Vec<Wanted<'_>> {
         let mut all = Vec::new();
         for readable in [true, false] {
             let maps = self.maps.iter().filter(|map| (map.prot & libc::PROT_READ != 0) == readable);
             let part = pages.intersection(&maps.map(range).collect());
             if !part.is_empty() {
                 let origin = Origin { pid: self.pid, mem: &self.mem, readable };
-                all.push((self.id, origin, part.addresses().collect()));
+                all.push(Wanted { id: self.id, origin, ranges: part.addresses().collect() });
             }
         }
         all

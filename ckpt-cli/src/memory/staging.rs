@@ -39,6 +39,17 @@ pub struct Origin<'a> {
     pub readable: bool,
 }
 
+/// Ranges of addresses that are to be copied for an object.
+#[derive(Clone, Debug)]
+pub struct Wanted<'a> {
+    /// The object.
+    pub id: MemoryId,
+    /// Where its pages are.
+    pub origin: Origin<'a>,
+    /// Which.
+    pub ranges: Vec<(u64, u64)>,
+}
+
 /// A part of an arena.
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -169,12 +180,12 @@ impl Staging {
     ///
     /// # Errors
     /// A page that cannot be read.
-    pub fn copy(&mut self, wanted: &[(MemoryId, Origin<'_>, Vec<(u64, u64)>)]) -> Result<()> {
+    pub fn copy(&mut self, wanted: &[Wanted<'_>]) -> Result<()> {
         let failed = self.copy_some(wanted)?;
         match failed.first() {
             Some((id, page)) => {
                 let at = page * PAGE_SIZE as u64;
-                let pid = wanted.iter().find(|w| w.0 == *id).map_or(0, |w| w.1.pid);
+                let pid = wanted.iter().find(|wanted| wanted.id == *id).map_or(0, |wanted| wanted.origin.pid);
                 bail!("memory of process {pid} at {at:#x} cannot be read")
             }
             None => Ok(()),
@@ -185,12 +196,9 @@ impl Staging {
     ///
     /// # Errors
     /// No memory.
-    pub fn copy_some(
-        &mut self,
-        wanted: &[(MemoryId, Origin<'_>, Vec<(u64, u64)>)],
-    ) -> Result<Vec<(MemoryId, u64)>> {
+    pub fn copy_some(&mut self, wanted: &[Wanted<'_>]) -> Result<Vec<(MemoryId, u64)>> {
         let mut copies = Vec::new();
-        for (id, origin, ranges) in wanted {
+        for Wanted { id, origin, ranges } in wanted {
             self.note(*id, *origin, ranges, &mut copies)?;
         }
         let done = self.perform(&copies)?;
@@ -423,12 +431,15 @@ mod tests {
         for prepared in [0, 64 << 20] {
             let mut staging = Staging::new(1 << 30);
             staging.prepare(prepared);
-            let origin = |readable| Origin { pid: std::process::id() as i32, mem: &mem, readable };
-            staging.copy(&[(id, origin(true), large.clone())]).unwrap();
+            let wanted = |readable, ranges: &[(u64, u64)]| {
+                let origin = Origin { pid: std::process::id() as i32, mem: &mem, readable };
+                Wanted { id, origin, ranges: ranges.to_vec() }
+            };
+            staging.copy(&[wanted(true, &large)]).unwrap();
             let mark = staging.mark();
-            staging.copy(&[(id, origin(true), vec![(base + page, base + 9 * page)])]).unwrap();
+            staging.copy(&[wanted(true, &[(base + page, base + 9 * page)])]).unwrap();
             staging.back_to(mark);
-            staging.copy(&[(id, origin(true), small.clone()), (id, origin(false), large.clone())]).unwrap();
+            staging.copy(&[wanted(true, &small), wanted(false, &large)]).unwrap();
             assert_eq!(staging.bytes(), (750 + 2 * 600) * page);
             let all = written(&mut staging, id);
             assert_eq!(all.len(), 750 + 600);
@@ -450,7 +461,7 @@ mod tests {
         // The last page of the range of addresses is never mapped.
         let wanted = |readable| {
             let origin = Origin { pid: std::process::id() as i32, mem: &mem, readable };
-            [(MemoryId(0), origin, vec![(start, start + 8 * page), (0x1000, 0x3000)])]
+            [Wanted { id: MemoryId(0), origin, ranges: vec![(start, start + 8 * page), (0x1000, 0x3000)] }]
         };
         for readable in [true, false] {
             let mut staging = Staging::new(1 << 20);

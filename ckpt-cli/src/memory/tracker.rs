@@ -310,7 +310,7 @@ mod tests {
     fn windows_hold_every_mapping_once() {
         let maps = [map(10, 20), map(30, 35), map(100, 200), map(300, 301)];
         assert_eq!(windows(&maps, 40), [10..35, 100..140, 140..180, 180..301]);
-        assert_eq!(windows(&maps, 1000), [10..301]);
+        assert!(windows(&maps, 1000).into_iter().eq(std::iter::once(10..301)));
         assert!(windows(&[], 5).is_empty());
     }
 

@@ -166,7 +166,6 @@ impl Run<'_> {
             base: saved.memory.base,
             times: saved.memory.times,
             memory: saved.memory.processes,
-            ..Default::default()
         });
         Ok(Manifest {
             created: created.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),

@@ -99,13 +99,13 @@ impl Cow {
         let cow = |guard: Box<dyn Guard>| Some(Self { guard, guarded: BTreeMap::new() });
         Ok(match (way, bpf::probe()) {
             (Way::Stop, _) => None,
-            (Way::Bpf | Way::Auto, Ok(())) => cow(Box::new(bpf::BpfGuard::default())),
+            (Way::Bpf | Way::Auto, Ok(())) => cow(Box::<bpf::BpfGuard>::default()),
             (Way::Bpf, Err(error)) => return Err(error).context("guarding pages by a BPF program"),
             (Way::Auto, Err(error)) => {
                 tracing::info!("pages are guarded by a userfaultfd: {error:#}");
-                cow(Box::new(uffd::UffdGuard::default()))
+                cow(Box::<uffd::UffdGuard>::default())
             }
-            (Way::Uffd, _) => cow(Box::new(uffd::UffdGuard::default())),
+            (Way::Uffd, _) => cow(Box::<uffd::UffdGuard>::default()),
         })
     }
 
