@@ -67,9 +67,9 @@ fn killed_at_random_instants() -> Result<()> {
     // Half as much again, so that every part of a dump is hit.
     let longest = start.elapsed().mul_f64(1.5);
     let mut seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos() as u64 | 1;
-    println!("seed {seed}, longest {longest:?}");
+    let first = seed;
     for number in 0..KILLS {
-        let full: &[&str] = if random(&mut seed) % 4 == 0 { &["--full"] } else { &[] };
+        let full: &[&str] = if random(&mut seed).is_multiple_of(4) { &["--full"] } else { &[] };
         let way = ["bpf", "uffd", "stop"][random(&mut seed) as usize % 3];
         let mut dump = job
             .command()?
@@ -95,7 +95,10 @@ fn killed_at_random_instants() -> Result<()> {
         }
         let states = states(job.pid())
             .with_context(|| format!("the job ended after {number} kills: {:?}", job.output()))?;
-        ensure!(!states.contains(['T', 't', 'Z', 'X']), "after {number} kills its threads are {states}");
+        ensure!(
+            !states.contains(['T', 't', 'Z', 'X']),
+            "after {number} kills its threads are {states}; seed {first}"
+        );
     }
     // What a killed one has left in the process goes with the next dump.
     job.dump(false)?;
