@@ -40,6 +40,22 @@ impl Job {
         self.directory.path().join(name)
     }
 
+    /// Its name in the store.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Builds `workloads/NAME.c` into the job's directory.
+    pub fn build(&self, name: &str) -> Result<String> {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads").join(format!("{name}.c"));
+        let program = self.path(name);
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-mavx2", "-pthread", "-o"]).arg(&program).arg(source);
+        let output = gcc.output().context("running gcc")?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(program.display().to_string())
+    }
+
     /// PID of the job's first process.
     pub fn pid(&self) -> i32 {
         self.pid

@@ -2,15 +2,20 @@
 
 use anyhow::{Context, Result, ensure};
 use ckpt_tests::job::Job;
+use ckpt_tests::sharing::store_equal_pages_once;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// A workload that was saved and stopped while it waits.
+/// The workload for this, saved and stopped while it waits.
 fn saved(name: &str) -> Result<Job> {
+    saved_workload(name, "late")
+}
+
+fn saved_workload(name: &str, workload: &str) -> Result<Job> {
     let mut job = Job::new(name)?;
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads/late.c");
-    let program = job.path("late");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("workloads/{workload}.c"));
+    let program = job.path(workload);
     let mut gcc = Command::new("gcc");
     gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-pthread", "-o"]).arg(&program).arg(source);
     let output = gcc.output().context("running gcc")?;
@@ -79,6 +84,20 @@ fn memory_becomes_complete_without_the_program() -> Result<()> {
     ensure!(!smaps.contains(" um"), "something is registered still");
     ensure!(resident(job.pid())? > 20 << 20, "{} bytes are there", resident(job.pid())?);
     passes(&job)
+}
+
+/// Each of many processes has a memory that follows; where they share it, that is there at once.
+#[test]
+fn families_too() -> Result<()> {
+    for once in [false, true] {
+        let job = saved_workload("late-family", "family")?;
+        if once {
+            store_equal_pages_once(&job.path("store"), "late-family")?;
+        }
+        restore(&job, "late-family", false)?;
+        passes(&job)?;
+    }
+    Ok(())
 }
 
 /// A dump waits for what has not come yet.

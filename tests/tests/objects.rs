@@ -1,27 +1,14 @@
 //! Self-checking workloads, one per kind of state: set up before the checkpoint, verified after two restores.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use ckpt_tests::job::Job;
 use ckpt_tests::sharing::{physical_memory, store_equal_pages_once};
-use std::path::Path;
-use std::process::Command;
-
-/// Builds `workloads/NAME.c` into the job's directory.
-fn build(job: &Job, name: &str) -> Result<String> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads").join(format!("{name}.c"));
-    let program = job.path(name);
-    let mut gcc = Command::new("gcc");
-    gcc.args(["-O1", "-g", "-Wall", "-Wextra", "-mavx2", "-pthread", "-o"]).arg(&program).arg(source);
-    let output = gcc.output().context("running gcc")?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(program.display().to_string())
-}
 
 /// Undisturbed, left running through three dumps, and through two cycles: it must say pass each time.
 fn survives(name: &str) -> Result<()> {
     for (dumps, cycles) in [(0, 0), (3, 0), (0, 2)] {
         let mut job = Job::new(name)?;
-        let program = build(&job, name)?;
+        let program = job.build(name)?;
         job.start(&[&program])?;
         job.until_output("ready")?;
         job.pause(100);
@@ -96,7 +83,7 @@ fn waiting_calls_do_not_see_the_freeze() -> Result<()> {
 #[test]
 fn forked_children_share_memory() -> Result<()> {
     let mut job = Job::new("family")?;
-    let program = build(&job, "family")?;
+    let program = job.build("family")?;
     job.start(&[&program])?;
     job.until_output("ready")?;
     job.pause(100);
@@ -120,7 +107,7 @@ fn forked_children_share_memory() -> Result<()> {
 #[test]
 fn huge_pages_that_nobody_asked_for() -> Result<()> {
     let mut job = Job::new("huge")?;
-    let program = build(&job, "huge")?;
+    let program = job.build("huge")?;
     job.start(&[&program])?;
     job.until_output("ready")?;
     job.pause(50);

@@ -8,6 +8,7 @@ mod address_space;
 mod descriptors;
 mod plan;
 mod process;
+mod reference;
 mod thread;
 
 use crate::memory::dump::{self as memory, Kept, MemoryDump};
@@ -191,6 +192,7 @@ impl Session {
         }
         (self.files, self.halves) = table.finish()?;
         self.memory.copy_in_cut()?;
+        reference::copy(&frozen).context("making a copy for a test")?;
         let pids: Vec<(i32, i32)> =
             frozen.processes.keys().copied().zip(self.processes.iter().map(|p| p.pid)).collect();
         process::relate(&mut self.processes, &pids);

@@ -70,6 +70,8 @@ pub struct MemoryDump {
     spaces: BTreeMap<i32, Space>,
     staging: Staging,
     next: u32,
+    /// Objects of files: one without content is an object, too.
+    files: Vec<MemoryId>,
     before_cut: Option<(Mark, u32)>,
     cow: Option<Cow>,
     finder: Finder,
@@ -89,6 +91,7 @@ impl MemoryDump {
             spaces: BTreeMap::new(),
             staging: Staging::new(staging_limit()),
             next: 0,
+            files: Vec::new(),
             before_cut: None,
             cow: None,
             finder: Finder::default(),
@@ -273,6 +276,7 @@ impl MemoryDump {
 
     /// The cut begins. What was begun before and did not come about is undone.
     pub fn begin_cut(&mut self) {
+        self.files.clear();
         match self.before_cut {
             None => self.before_cut = Some((self.staging.mark(), self.next)),
             Some((mark, next)) => {
@@ -299,6 +303,7 @@ impl MemoryDump {
     /// Copies a file, or shared memory, whole.
     pub fn copy_file(&mut self, file: &File) -> Result<MemoryId> {
         let id = self.new_object();
+        self.files.push(id);
         self.staging.copy_file(id, file)?;
         Ok(id)
     }
@@ -359,6 +364,7 @@ impl MemoryDump {
         }
         self.copy_frozen(part)?;
         self.staging.save(part)?;
+        self.files.iter().try_for_each(|id| self.staging.declare(*id, part))?;
         for space in self.spaces.values_mut() {
             ensure!(space.lists.previous().is_empty(), "pages of process {} were not saved", space.pid);
             space.count();

@@ -131,9 +131,8 @@ impl PartReader {
         (0..self.packs().len() as u32).try_for_each(|pack| self.pack_number(pack).map(drop))
     }
 
-    /// All pages of an object.
-    #[cfg(test)]
-    pub(crate) fn contents(
+    /// All pages of an object, by number: for objects that fit into memory twice.
+    pub fn contents(
         &self,
         id: ckpt_common::image::MemoryId,
     ) -> Result<std::collections::BTreeMap<u64, Vec<u8>>> {
