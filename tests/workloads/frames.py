@@ -7,13 +7,15 @@ import sys
 import time
 
 WIDTH, HEIGHT = 320, 240
+# Not sys.stdout: it is without a buffer where PYTHONUNBUFFERED is set, and then writes parts.
+out = open(1, "wb", closefd=False)
 wanted = int(sys.argv[1]) if len(sys.argv) > 1 else None
 row = bytes((x * x // 31) % 256 for x in range(8 * WIDTH))
 number = 0
 while number != wanted if wanted is not None else not os.path.exists("end"):
     lines = (row[(number * 3 + y * 5) % (7 * WIDTH):][:WIDTH] for y in range(HEIGHT))
-    sys.stdout.buffer.write(b"".join(lines))
-    sys.stdout.buffer.flush()
+    out.write(b"".join(lines))
+    out.flush()
     number += 1
     if wanted is None:
         time.sleep(0.01)

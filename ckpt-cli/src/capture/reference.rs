@@ -19,14 +19,16 @@ const PAGE: u64 = 4096;
 pub(super) fn copy(frozen: &Frozen) -> Result<()> {
     let Some(directory) = std::env::var_os(VARIABLE) else { return Ok(()) };
     for process in frozen.processes.values().filter(|process| !process.threads.is_empty()) {
-        one(process.pid, Path::new(&directory)).with_context(|| format!("copying process {}", process.pid))?;
+        one(process.pid, Path::new(&directory))
+            .with_context(|| format!("copying process {}", process.pid))?;
     }
     Ok(())
 }
 
 fn one(pid: i32, directory: &Path) -> Result<()> {
     let mut out = BufWriter::new(File::create(directory.join(format!("{pid}.pages")))?);
-    let (mem, pagemap) = (File::open(format!("/proc/{pid}/mem"))?, File::open(format!("/proc/{pid}/pagemap"))?);
+    let (mem, pagemap) =
+        (File::open(format!("/proc/{pid}/mem"))?, File::open(format!("/proc/{pid}/pagemap"))?);
     let mut content = [0; PAGE as usize];
     for map in proc::maps(pid)?.iter().filter(|map| !map.by_kernel()) {
         for address in (map.start..map.end).step_by(PAGE as usize) {
