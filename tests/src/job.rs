@@ -88,15 +88,16 @@ impl Job {
         self.ckpt_with(arguments, &[])
     }
 
-    fn ckpt_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
+    /// `ckpt` with the job's store, to be started.
+    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = Command::new(build_folder()?.join("ckpt"));
-        command
-            .arg("--store")
-            .arg(self.path("store"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .envs(variables.iter().copied());
-        command.env_remove("RUST_BACKTRACE").output().context("running ckpt")
+        command.arg("--store").arg(self.path("store")).args(arguments).stdin(Stdio::null());
+        command.env_remove("RUST_BACKTRACE");
+        Ok(command)
+    }
+
+    fn ckpt_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
+        self.command(arguments)?.envs(variables.iter().copied()).output().context("running ckpt")
     }
 
     /// Runs `ckpt`, which must succeed.

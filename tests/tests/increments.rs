@@ -4,7 +4,7 @@
 //!
 //! The programs run until they find a file `end`: so none is over before it could be disturbed.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ckpt_tests::job::Job;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -173,7 +173,15 @@ fn ffmpeg_with_x264() -> Result<()> {
     let output = end(&job)?;
     ensure!(output == "0\n", "{output}");
     let frames = fs::read_to_string(job.path("frames"))?;
-    shell(&job, &encode(&frames, "expected.mkv"))?;
-    shell(&job, "cmp disturbed.mkv expected.mkv && [ -s expected.mkv ]").context(frames)?;
-    Ok(())
+    // Undisturbed, too, x264 with threads does not always give the same bytes on a busy machine: seen in one run of six,
+    // with some macroblocks of one group of pictures coded otherwise.
+    for _ in 0..4 {
+        shell(&job, &encode(&frames, "expected.mkv"))?;
+        let (disturbed, expected) =
+            (fs::read(job.path("disturbed.mkv"))?, fs::read(job.path("expected.mkv"))?);
+        if disturbed == expected && !expected.is_empty() {
+            return Ok(());
+        }
+    }
+    bail!("{frames} frames are not encoded as without a disturbance")
 }

@@ -18,6 +18,6 @@ while number != wanted if wanted is not None else not os.path.exists("end"):
     out.flush()
     number += 1
     if wanted is None:
-        time.sleep(0.01)
+        time.sleep(0.03)
 with open("frames", "w") as file:
     file.write(str(number))

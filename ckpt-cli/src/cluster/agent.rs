@@ -12,6 +12,7 @@ use super::{
     error::{Classified, failure_of},
     fault::Faults,
     frames::{FrameReader, FrameWriter},
+    requests::Requests,
 };
 use crate::{
     job::selector,
@@ -37,6 +38,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long an agent waits for requests before it says that there are none.
+const AWAIT: Duration = Duration::from_millis(200);
 const TICK: Duration = Duration::from_millis(50);
 /// Silence after which the coordinator is given up, until it says how patient we should be.
 const FIRST_PATIENCE: Duration = Duration::from_secs(60);
@@ -166,6 +169,7 @@ enum State {
     Dump(Dumping),
     Restore(Box<dyn RestoreSession>),
     Released(Vec<i32>),
+    Watching(Requests),
 }
 
 /// A dump under way. The writer goes before the session, which knows what has become of it.
@@ -245,6 +249,14 @@ impl Agent<'_> {
             Request::Connect => self.restoring(|session| session.connect()),
             Request::Release => self.release(),
             Request::Wait => self.wait(),
+            Request::Watch(task) => {
+                self.state = State::Watching(Requests::listen(&task)?);
+                Ok(Response::Done)
+            }
+            Request::Await(answers) => match &mut self.state {
+                State::Watching(requests) => Ok(Response::Awaited(requests.wait(&answers, AWAIT))),
+                _ => bail!("no job is watched on this node"),
+            },
             Request::Abort => {
                 self.abort();
                 Ok(Response::Done)

@@ -262,6 +262,7 @@ fn name(request: &Request) -> String {
         Request::Connect => "connect",
         Request::Release => "release",
         Request::Wait => "wait",
+        Request::Watch(_) | Request::Await(_) => "watch",
         Request::Abort => "abort",
         Request::Ping => "ping",
     };

@@ -33,15 +33,19 @@
 //!              |-------------------------------->| end of session               | runs, or is ended
 //!              | Abort: instead of any of these; whatever was done is undone    | runs
 //!
+//! watch     Hello, Watch, then Await again and again: requests for a checkpoint, and their answers.
+//!
 //! restore   Hello, Plan, Build, Connect, Release: nothing of the job runs before every node has
 //!           connected; Abort before that removes what was built.
 //! ```
 
 mod dump;
 mod restore;
+mod watch;
 
 pub use dump::*;
 pub use restore::*;
+pub use watch::*;
 
 use crate::image::FormatError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -243,6 +247,10 @@ pub enum Request {
     Release,
     /// After [`Phase::Release`]: answer when all restored processes have ended.
     Wait,
+    /// Listen for requests for a checkpoint.
+    Watch(WatchTask),
+    /// After [`Request::Watch`]: give these answers, and say what has happened since the last time.
+    Await(Vec<Answer>),
     /// [`Phase::Abort`].
     Abort,
     /// The coordinator lives. Not answered.
@@ -273,6 +281,8 @@ pub enum Response {
     RestorePlanned(RestoreReport),
     /// To [`Request::Release`]: the restored processes' PIDs as this node sees them.
     Released(Vec<i32>),
+    /// To [`Request::Await`], after a moment.
+    Awaited(Awaited),
     /// To all other requests.
     Done,
     /// The request failed; the agent has undone what it had done before.
