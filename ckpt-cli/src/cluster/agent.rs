@@ -166,7 +166,7 @@ fn watch(shared: &Shared) {
 
 enum State {
     Idle,
-    Dump(Dumping),
+    Dump(Box<Dumping>),
     Restore(Box<dyn RestoreSession>),
     Released(Vec<i32>),
     Watching(Requests),
@@ -238,6 +238,7 @@ impl Agent<'_> {
             Request::Hello(hello) => self.hello(&hello),
             Request::Doctor { store } => Ok(Response::Doctor(crate::doctor::probe(Path::new(&store)))),
             Request::PlanDump(task) => Ok(Response::Planned(self.plan_dump(task)?)),
+            Request::Sample => self.sample(),
             Request::Arm => self.arm(),
             Request::Cut => Ok(Response::Cut(self.dumping()?.session.cut()?)),
             Request::Settle => Ok(Response::Settled(self.dumping()?.session.settle()?)),
@@ -286,7 +287,8 @@ impl Agent<'_> {
         self.state = State::Idle;
         let (session, mut report) = self.engine.plan_dump(&pids, &task, &store)?;
         report.addresses = addresses;
-        self.state = State::Dump(Dumping { part: None, session, store, task, saved: PartRef::default() });
+        let dumping = Dumping { part: None, session, store, task, saved: PartRef::default() };
+        self.state = State::Dump(Box::new(dumping));
         Ok(report)
     }
 
@@ -297,18 +299,38 @@ impl Agent<'_> {
         }
     }
 
+    /// Without a checkpoint to build on, everything counts as modified: it is copied ahead first, once.
+    fn sample(&mut self) -> Result<Response> {
+        if self.dumping()?.part.is_none() && !self.make_part()? {
+            self.arm()?;
+        }
+        Ok(Response::Sampled(self.dumping()?.session.sample()?))
+    }
+
     fn arm(&mut self) -> Result<Response> {
+        if self.dumping()?.part.is_none() {
+            self.make_part()?;
+        }
+        let dumping = self.dumping()?;
+        dumping.session.arm(dumping.part.as_mut().context("it was just made")?)?;
+        Ok(Response::Done)
+    }
+
+    /// Begins the part. Does it build on an older one?
+    fn make_part(&mut self) -> Result<bool> {
         let watch = lock(&self.shared.watch).clone();
         let dumping = self.dumping()?;
+        let base = dumping.session.base()?;
+        let builds = base.is_some();
         let part = dumping.store.part_writer(PartOptions {
             compress: dumping.task.options.compress.map_or(Compress::None, Compress::Zstd),
             dump: Some(dumping.task.dump.clone().into()),
             watch,
-            base: dumping.session.base()?,
+            base,
             ..Default::default()
         })?;
-        dumping.session.arm(dumping.part.insert(part))?;
-        Ok(Response::Done)
+        dumping.part = Some(part);
+        Ok(builds)
     }
 
     fn save(&mut self) -> Result<Response> {

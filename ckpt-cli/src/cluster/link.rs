@@ -252,6 +252,7 @@ fn name(request: &Request) -> String {
         Request::Hello(_) => "greeting",
         Request::Doctor { .. } => "doctor",
         Request::PlanDump(_) | Request::PlanRestore(_) => "plan",
+        Request::Sample => "sample",
         Request::Arm => "arm",
         Request::Cut => "cut",
         Request::Settle => "settle",

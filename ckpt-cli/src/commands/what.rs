@@ -244,6 +244,7 @@ pub(super) fn request(
             files: files_text.to_owned(),
             allow,
         },
+        when_below: None,
     })
 }
 

@@ -17,6 +17,7 @@
 //!              | Plan (store, dump, selector)    |                              |
 //!              |-------------------------------->| processes, blockers          | runs
 //!              |    all blockers, of all nodes, at once; nothing frozen yet     |
+//!              | Sample: as long as too much memory is modified, if asked for    |
 //!              | Arm                             |                              |
 //!              |-------------------------------->| trackers, traffic hold       | runs
 //!              | Cut                             |                              |
@@ -225,6 +226,8 @@ pub enum Request {
     },
     /// [`Phase::Plan`] of a dump.
     PlanDump(DumpTask),
+    /// Between plan and arm: how much memory was modified?
+    Sample,
     /// [`Phase::Arm`].
     Arm,
     /// [`Phase::Cut`].
@@ -271,6 +274,9 @@ pub enum Response {
     Doctor(Vec<Probe>),
     /// To [`Request::PlanDump`].
     Planned(PlanReport),
+    /// To [`Request::Sample`]: bytes modified since the last checkpoint or, where there is none, since the
+    /// first sample.
+    Sampled(u64),
     /// To [`Request::Cut`].
     Cut(CutReport),
     /// To [`Request::Settle`]: TCP connections with their positions.
