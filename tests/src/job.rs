@@ -88,16 +88,20 @@ impl Job {
         self.ckpt_with(arguments, &[])
     }
 
-    /// `ckpt` with the job's store, to be started.
-    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
-        let mut command = Command::new(build_folder()?.join("ckpt"));
-        command.arg("--store").arg(self.path("store")).args(arguments).stdin(Stdio::null());
-        command.env_remove("RUST_BACKTRACE");
-        Ok(command)
+    fn ckpt_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
+        self.command()?.args(arguments).envs(variables.iter().copied()).output().context("running ckpt")
     }
 
-    fn ckpt_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
-        self.command(arguments)?.envs(variables.iter().copied()).output().context("running ckpt")
+    /// `ckpt` with the job's store, to be given its arguments.
+    pub fn command(&self) -> Result<Command> {
+        self.command_for("store")
+    }
+
+    /// The same with another store in the job's directory.
+    pub fn command_for(&self, store: &str) -> Result<Command> {
+        let mut command = Command::new(build_folder()?.join("ckpt"));
+        command.arg("--store").arg(self.path(store)).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        Ok(command)
     }
 
     /// Runs `ckpt`, which must succeed.
@@ -148,6 +152,17 @@ impl Job {
     pub fn is_running(&self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
+    }
+
+    /// Ends the job.
+    pub fn end(&mut self) {
+        let pid = std::mem::take(&mut self.pid);
+        if pid == 0 {
+            return;
+        }
+        for pid in ckpt_cli::tracee::proc::tree(pid).into_iter().rev() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+        }
     }
 
     /// Waits for the end of the first process.
@@ -201,8 +216,6 @@ impl Drop for Job {
             let mut stderr = std::io::stderr();
             let _ = std::io::Write::write_all(&mut stderr, self.output().unwrap_or_default().as_bytes());
         }
-        for pid in ckpt_cli::tracee::proc::tree(self.pid).into_iter().rev() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
-        }
+        self.end();
     }
 }

@@ -2,5 +2,6 @@
 
 pub mod cluster;
 pub mod job;
+pub mod proof;
 pub mod sharing;
 pub mod stream;

@@ -99,9 +99,11 @@ agents = lambda: [p for p in pids() if comm(p) == "ckpt"]
 client = [p for p in pids() if comm(p) == "python3" and p != os.getpid()][0]
 stopped = lambda: "tracing stop" in read("/proc/%d/status" % client)
 end = time.time() + 30
-# The agent, and the guard that it has forked.
-while not (stopped() and len(agents()) == 2) and time.time() < end: time.sleep(0.02)
-time.sleep(0.5)
+# The agent, and the guard that it has forked. Before the cut the job is stopped for short looks.
+since = time.time()
+while time.time() < end and time.time() - since < 1:
+    if not (stopped() and len(agents()) == 2): since = time.time()
+    time.sleep(0.02)
 fd = [f for f in os.listdir("/proc/%d/fd" % client) if os.readlink("/proc/%d/fd/%s" % (client, f)).startswith("socket")][0]
 own = ctypes.CDLL(None).syscall(438, os.pidfd_open(client), int(fd), 0)
 s = socket.socket(fileno=own)

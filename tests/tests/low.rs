@@ -37,7 +37,7 @@ fn the_cut_falls_into_the_quiet_phase() -> Result<()> {
         let pid = job.pid().to_string();
         let arguments =
             ["dump", "--json", "--pid", &pid, "--name", name, "--when-below", "16M", "--deadline"];
-        let dump = job.command(&arguments)?.arg("1h").stdout(Stdio::piped()).spawn()?;
+        let dump = job.command()?.args(arguments).arg("1h").stdout(Stdio::piped()).spawn()?;
         job.pause(1500);
         // It ends no earlier than this, since it is busy until then.
         job.signal(libc::SIGUSR2)?;

@@ -1,127 +1,23 @@
-//! The proof that an image holds the memory at the cut, page by page: compared with a copy that was made in the plainest
-//! way while the job was frozen (`CKPT_REFERENCE`), for each way of saving, kind of memory and writer.
+//! The proof that an image holds the memory at the cut, page by page, for each way of saving, kind of memory and writer.
 
-use anyhow::{Context, Result, bail, ensure};
-use ckpt_cli::store::{JobName, PartReader, Store};
-use ckpt_common::image::file::OpenFile;
-use ckpt_common::image::objects::MemoryFile;
-use ckpt_common::image::process::{AddressSpace, Backing, Process};
-use ckpt_common::image::{Kind, MemoryId};
+use anyhow::{Result, ensure};
 use ckpt_tests::job::Job;
-use std::collections::{BTreeMap, BTreeSet};
+use ckpt_tests::proof;
 use std::fs;
-use std::path::Path;
-
-const PAGE: u64 = 4096;
-
-/// Content of the page at an address.
-type Pages = BTreeMap<u64, Vec<u8>>;
-
-/// What the agent has copied at the cut.
-fn reference(directory: &Path, pid: i32) -> Result<Pages> {
-    let bytes = fs::read(directory.join(format!("{pid}.pages")))?;
-    let record = |record: &[u8]| -> Result<_> {
-        let (address, content) = record.split_at(8);
-        Ok((u64::from_ne_bytes(address.try_into()?), content.to_vec()))
-    };
-    bytes.chunks_exact(8 + PAGE as usize).map(record).collect()
-}
-
-/// What the image says is at an address; nothing where it says nothing.
-struct Image {
-    own: Pages,
-    shared: BTreeMap<MemoryId, Pages>,
-    files: BTreeMap<u32, MemoryId>,
-}
-
-impl Image {
-    fn open(part: &PartReader, space: &AddressSpace) -> Result<Self> {
-        let (mut shared, mut files) = (BTreeMap::new(), BTreeMap::new());
-        for file in part.read::<OpenFile>()?.iter().filter(|file| file.kind == MemoryFile::KIND) {
-            let memory: MemoryFile = ckpt_cli::objects::decode(file.version, &file.payload)?;
-            files.insert(file.id.0, memory.content);
-            shared.insert(memory.content, part.contents(memory.content)?);
-        }
-        Ok(Self { own: part.contents(space.memory)?, shared, files })
-    }
-
-    fn page(&self, space: &AddressSpace, address: u64) -> Result<Option<&Vec<u8>>> {
-        let mapping = space.mappings.iter().find(|m| (m.start..m.end).contains(&address));
-        let mapping = mapping.with_context(|| format!("nothing is mapped at {address:#x} in the image"))?;
-        Ok(match &mapping.backing {
-            Backing::SharedFile { file, offset } => {
-                let Some(content) = self.files.get(&file.0) else { return Ok(None) };
-                self.shared[content].get(&((address - mapping.start + offset) / PAGE))
-            }
-            _ => self.own.get(&(address / PAGE)),
-        })
-    }
-}
-
-/// Every page of the newest checkpoint is as it was at its cut.
-fn compare(job: &Job, references: &Path, what: &str) -> Result<()> {
-    let store = Store::open(&job.path("store"))?;
-    let name: JobName = job.name().parse()?;
-    let checkpoint = store.checkpoints(&name)?.pop().context("no checkpoint")?;
-    let part = store.open_part(&checkpoint.manifest.nodes[0].part)?;
-    let mut compared = 0;
-    for process in part.read::<Process>()?.iter().filter(|process| process.zombie.is_none()) {
-        let (image, expected) = (Image::open(&part, &process.mm)?, reference(references, process.pid)?);
-        let mut wrong = Vec::new();
-        for (address, content) in &expected {
-            let anonymous = content.iter().all(|byte| *byte == 0);
-            let same = match image.page(&process.mm, *address)? {
-                Some(page) => page == content,
-                // Of a file that is not in the image, or never written.
-                None => {
-                    let of_file = process.mm.mappings.iter().any(|m| {
-                        (m.start..m.end).contains(address)
-                            && matches!(&m.backing, Backing::SharedFile { file, .. } if !image.files.contains_key(&file.0))
-                    });
-                    anonymous || of_file
-                }
-            };
-            if !same {
-                wrong.push(*address);
-            }
-        }
-        let known: BTreeSet<u64> = expected.keys().map(|address| address / PAGE).collect();
-        let more: Vec<_> = image.own.keys().filter(|page| !known.contains(page)).collect();
-        if !wrong.is_empty() || !more.is_empty() {
-            bail!(
-                "{what}, process {}: {} of {} pages are wrong, first {:x?}; {} do not exist, first {:x?}",
-                process.pid,
-                wrong.len(),
-                expected.len(),
-                wrong.first(),
-                more.len(),
-                more.first().map(|page| *page * PAGE)
-            );
-        }
-        compared += expected.len();
-    }
-    ensure!(compared > 1000, "{what}: only {compared} pages were compared");
-    Ok(())
-}
 
 /// One writer: a full checkpoint and two increments, each compared.
-fn proof(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
+fn holds(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
     let what = format!("--cow {way}, {kind}, {threads} threads, {size} pages");
     let mut job = Job::new("writers")?;
     let program = job.build("writers")?;
-    let references = job.path("references");
-    fs::create_dir(&references)?;
+    fs::create_dir(job.path("references"))?;
     job.start(&[&program, kind, threads, "24", size])?;
     job.until_output("ready")?;
     for number in 1..=3 {
         job.pause(40);
         // No time for copying in the cut: whatever can be guarded is.
         let pause = if number == 2 { "10ms" } else { "0s" };
-        let pid = job.pid().to_string();
-        let arguments = ["dump", "--pid", &pid, "--name", job.name(), "--cow", way, "--max-pause", pause];
-        job.ok_with(&arguments, &[("CKPT_REFERENCE", &references.display().to_string())])
-            .with_context(|| what.clone())?;
-        compare(&job, &references, &format!("{what}, checkpoint {number}"))?;
+        proof::dump_and_compare(&job, way, pause, &format!("{what}, checkpoint {number}"))?;
     }
     ensure!(job.is_running(), "{what}: {}", job.output()?);
     Ok(())
@@ -132,11 +28,11 @@ const KINDS: [&str; 6] = ["random", "sequential", "file", "direct", "shared", "c
 fn way(way: &str) -> Result<()> {
     for kind in KINDS {
         for threads in ["1", "4"] {
-            proof(way, kind, threads, "small")?;
+            holds(way, kind, threads, "small")?;
         }
     }
-    proof(way, "random", "4", "huge")?;
-    proof(way, "sequential", "1", "huge")
+    holds(way, "random", "4", "huge")?;
+    holds(way, "sequential", "1", "huge")
 }
 
 #[test]

@@ -12,8 +12,11 @@ struct Watch(Child);
 impl Watch {
     fn start(job: &Job, name: &str, options: &[&str], variables: &[(&str, &str)]) -> Result<Self> {
         let pid = job.pid().to_string();
-        let mut command = job.command(&["watch", "--json", "--pid", &pid, "--name", name])?;
-        command.args(options).envs(variables.iter().copied());
+        let mut command = job.command()?;
+        command
+            .args(["watch", "--json", "--pid", &pid, "--name", name])
+            .args(options)
+            .envs(variables.iter().copied());
         command.stdout(File::create(job.path("events"))?).stderr(File::create(job.path("words"))?);
         Ok(Self(command.spawn().context("starting ckpt watch")?))
     }

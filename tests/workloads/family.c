@@ -202,6 +202,8 @@ int main(int argc, char **argv)
     for (int n = 0; n < CHILDREN; n++) {
         if ((children[n] = fork()) == 0) {
             uint64_t who = 100 + n;
+            /* Nobody stays behind when the parent fails. */
+            CHECK(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
             if (n == 9 || n == 16)
                 CHECK(setsid() == getpid());
             uint64_t *extra = change(n, who);

@@ -1,6 +1,6 @@
 // Writes to memory in one of several ways, for ever, so that a copy of it is never easy to take.
 //   writers KIND THREADS MIB huge|small
-// KIND: random, sequential, file, direct, shared, churn. Says "ready" when it has begun.
+// KIND: random, sequential, noise (random content), file, direct, shared, churn. Says "ready" when it has begun.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -86,6 +86,9 @@ static void *work(void *argument) {
             if (pread(data, memory + at * 4096, 16 * 4096, from * 4096) != 16 * 4096) fail("direct read");
             // The kernel writes to other pages meanwhile, and so do we.
             fill(memory + number(&state) % pages * 4096, number(&state));
+        } else if (!strcmp(kind, "noise")) {
+            uint64_t *page = (uint64_t *)(memory + number(&state) % pages * 4096);
+            for (int i = 0; i < 512; i++) page[i] = number(&state);
         } else if (!strcmp(kind, "churn")) {
             churn(&state);
         } else {

@@ -42,6 +42,10 @@ const EVENTS: (&str, &str) = ("objects", "event_descriptors");
 const FILES: (&str, &str) = ("objects", "open_files_and_locks");
 const CREDENTIALS: (&str, &str) = ("objects", "credentials_and_capabilities");
 const UNIX: (&str, &str) = ("objects", "unix_sockets");
+const FAMILY: (&str, &str) = ("objects", "forked_children_share_memory");
+const HUGE: (&str, &str) = ("objects", "huge_pages_that_nobody_asked_for");
+const LATE: (&str, &str) = ("lazy", "every_page_comes_when_it_is_needed");
+const FILLER_KILLED: (&str, &str) = ("lazy", "a_job_whose_memory_cannot_come_any_more_is_killed");
 const CALLS: (&str, &str) = ("objects", "waiting_calls_do_not_see_the_freeze");
 const SOCKETS: (&str, &str) = ("sockets", "sockets_of_every_state_come_back");
 const CLOSED: (&str, &str) = ("closed", "a_closed_end_on_another_node_is_closed_again");
@@ -132,6 +136,69 @@ const MUTANTS: &[Mutant] = &[
         "if mapping.backing != Backing::Anonymous {",
         "if false {",
         MAPPINGS,
+    ),
+    mutant(
+        "shared: at all",
+        "rebuild/spaces.rs",
+        "Ok(plan.filter(|plan| plan.shared >= WORTH))",
+        "Ok(plan.filter(|_| false))",
+        FAMILY,
+    ),
+    mutant(
+        "shared: dropped pages",
+        "rebuild/spaces.rs",
+        "for range in &plan.discard {",
+        "for range in plan.discard.iter().take(0) {",
+        FAMILY,
+    ),
+    mutant(
+        "shared: the parent's own pages",
+        "rebuild/spaces.rs",
+        "let plan = share::rewrite(own.space, &self.base(process)?, own.pages);",
+        "let plan = Plan::default();",
+        FAMILY,
+    ),
+    mutant(
+        "shared: protection that differs",
+        "rebuild/share.rs",
+        "plan.protect.push((range.clone(), wanted.prot));",
+        "",
+        FAMILY,
+    ),
+    mutant(
+        "huge pages",
+        "rebuild/spaces.rs",
+        "huge::prepare(leader, inheritance.layout, space, pages)?;",
+        "",
+        HUGE,
+    ),
+    mutant(
+        "late: memory of a child",
+        "memory/lazy/mod.rs",
+        "let (todo, waiting) = (space.todo.clone(), Vec::new());",
+        "let (todo, waiting) = (Todo::default(), Vec::new());",
+        LATE,
+    ),
+    mutant(
+        "late: memory that was moved",
+        "memory/lazy/mod.rs",
+        "space.todo.shift(pages(from..from + len), to / PAGE_SIZE as u64);",
+        "let _ = (from, to, len);",
+        LATE,
+    ),
+    mutant(
+        "late: memory that was dropped",
+        "memory/lazy/mod.rs",
+        "Event::Gone { start, end } => drop(space.todo.remove(pages(start..end))),",
+        "Event::Gone { start, end } => drop(pages(start..end)),",
+        LATE,
+    ),
+    mutant(
+        "late: the watcher",
+        "memory/lazy/watch.rs",
+        "let _ = pidfd::send_signal(process.as_fd(), libc::SIGKILL);",
+        "let _ = process;",
+        FILLER_KILLED,
     ),
     mutant(
         "shared anonymous memory",

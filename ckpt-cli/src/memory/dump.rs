@@ -223,11 +223,6 @@ impl MemoryDump {
         // All of them may be more than one freeze has the time for.
         let mut complete = BTreeSet::new();
         loop {
-            for space in self.spaces.values_mut() {
-                if let Err(error) = space.register() {
-                    tracing::debug!(pid = space.pid, "it has ended: {error:#}");
-                }
-            }
             let start = Instant::now();
             let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
             let looked = self.look_at(&mut frozen, &mut complete, Instant::now() + LOOK);

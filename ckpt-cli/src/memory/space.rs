@@ -4,7 +4,7 @@ use super::attach;
 use super::lists::CommitLists;
 use super::page_set::PageSet;
 use super::staging::Origin;
-use super::tracker::{self, Scan, Tracker};
+use super::tracker::{self, Registered, Scan, Tracker};
 use crate::sys::userfaultfd::Userfaultfd;
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
@@ -135,26 +135,17 @@ impl Space {
         &self.maps
     }
 
+    /// Pages that belong to no file.
+    pub fn anonymous(&self) -> PageSet {
+        self.maps.iter().filter(|map| map.inode == 0 && tracker::is_private(map)).map(range).collect()
+    }
+
     /// Reads its memory.
     ///
     /// # Errors
     /// Nothing is there.
     pub fn read(&self, address: u64, into: &mut [u8]) -> std::io::Result<()> {
         self.mem.read_exact_at(into, address)
-    }
-
-    /// Registers what the process has mapped since the last look; it may run.
-    ///
-    /// # Errors
-    /// The process is gone.
-    pub fn register(&mut self) -> Result<()> {
-        // A process that runs another program has another address space.
-        (self.pagemap, self.mem) = open(self.pid)?;
-        self.maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
-        if self.tracker.as_mut().is_some_and(|tracker| !tracker.register(&self.maps)) {
-            self.tracker = None;
-        }
-        Ok(())
     }
 
     /// Looks at the stopped process and notes what was written, until `deadline`; false if there is more.
@@ -167,11 +158,9 @@ impl Space {
         finder: &mut Finder,
         deadline: Instant,
     ) -> Result<bool> {
-        if self.attach(frozen, finder)? {
-            // Everything is to be registered: while it runs.
+        if !self.prepare(frozen, finder, Some(deadline))? {
             return Ok(false);
         }
-        self.register()?;
         let from = self.resume.unwrap_or(0);
         for window in tracker::windows(&self.maps, WINDOW) {
             let (Some(tracker), true) = (&mut self.tracker, window.end > from) else { continue };
@@ -192,10 +181,7 @@ impl Space {
     /// # Errors
     /// The process is gone.
     pub fn cut(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder, maps: &Maps) -> Result<()> {
-        self.register()?;
-        if self.attach(frozen, finder)? {
-            self.register()?;
-        }
+        self.prepare(frozen, finder, None)?;
         self.maps.clone_from(maps);
         let Scan { own, written } = match &mut self.tracker {
             Some(tracker) => tracker.scan(&self.pagemap, maps, tracker::all(maps))?,
@@ -214,14 +200,43 @@ impl Space {
         self.own = PageSet::default();
     }
 
-    /// Makes a tracker if there is none; true if it is new.
-    fn attach(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) -> Result<bool> {
+    /// Has everything registered that the stopped process has mapped, with a tracker of its present address space;
+    /// false if there was no time for all of it.
+    fn prepare(
+        &mut self,
+        frozen: &mut FrozenProcess,
+        finder: &mut Finder,
+        deadline: Option<Instant>,
+    ) -> Result<bool> {
+        // A process that runs another program has another address space.
+        (self.pagemap, self.mem) = open(self.pid)?;
+        self.maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
+        loop {
+            self.attach(frozen, finder);
+            let Some(tracker) = &mut self.tracker else { return Ok(true) };
+            match tracker.register(&self.maps, deadline) {
+                Registered::All => return Ok(true),
+                Registered::NotAll => return Ok(false),
+                Registered::Gone => (self.tracker, self.asking) = (None, None),
+                Registered::Taken => {
+                    let pid = self.pid;
+                    tracing::warn!(
+                        pid,
+                        "its memory is tracked for another store, and is copied whole for this one"
+                    );
+                    (self.tracker, self.asking, self.untracked) = (None, None, true);
+                }
+            }
+        }
+    }
+
+    /// Makes what is missing of tracker and userfaultfd.
+    fn attach(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) {
         if self.untracked || (self.tracker.is_some() && self.asking.is_some() == self.wants_asking) {
-            return Ok(false);
+            return;
         }
         let (tracks, wants_asking) = (self.tracker.is_some(), self.wants_asking);
-        let maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
-        let made = frozen.with_arena(finder, &maps, |threads, arena| {
+        let made = frozen.with_arena(finder, &self.maps, |threads, arena| {
             let leader = threads.first_mut().context("it has no thread left")?;
             let tracking =
                 (!tracks).then(|| attach::userfaultfd(leader, arena, attach::TRACKING)).transpose()?;
@@ -239,7 +254,6 @@ impl Space {
                 (self.untracked, self.tracker) = (true, None);
             }
         }
-        Ok(!tracks && self.tracker.is_some())
     }
 
     /// Counts what there is and what is not as in the base, when everything is saved.

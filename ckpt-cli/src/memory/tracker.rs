@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 /// Private pages with content of their own: not the file's, not the shared zero page.
 const OWN: Query = Query {
@@ -45,6 +46,20 @@ pub struct Scan {
     pub own: PageSet,
     /// Those of them that were written since the last look, or of which that is not known.
     pub written: PageSet,
+}
+
+/// How far [`Tracker::register`] has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registered {
+    /// Everything is registered.
+    All,
+    /// There was no time for all of it.
+    NotAll,
+    /// The address space is gone: the process runs another program, or has ended.
+    Gone,
+    /// Another userfaultfd has some of it: that of another keeper, for another store. Whoever looks must not protect
+    /// pages then, which would make the other one forget that they were written.
+    Taken,
 }
 
 /// Tracks one address space.
@@ -71,20 +86,27 @@ impl Tracker {
         self.uffd
     }
 
-    /// Registers what is new. False where the address space is gone: the process runs another program, or has ended.
-    pub fn register(&mut self, maps: &[Map]) -> bool {
+    /// Registers what is new, until `deadline`.
+    ///
+    /// The process must be stopped. Of one that runs, a mapping could have changed since `maps` were read, and would
+    /// be split where the old one ended; mremap(2) of the program would fail then, because it works on whole ones.
+    pub fn register(&mut self, maps: &[Map], deadline: Option<Instant>) -> Registered {
         for map in maps.iter().filter(|map| is_private(map)) {
             if !self.known.insert((map.start, map.end)) {
                 continue;
             }
             match self.uffd.register(map.start, map.end, mode::WP) {
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return false,
-                // Of a kind that cannot be registered, or in other hands: it counts as written each time.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Registered::Gone,
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Registered::Taken,
+                // Of a kind that cannot be registered: it counts as written each time.
                 Err(error) => tracing::debug!(start = map.start, %error, "memory that cannot be tracked"),
                 Ok(()) => {}
             }
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                return Registered::NotAll;
+            }
         }
-        true
+        Registered::All
     }
 
     /// Looks at the private memory in a range of addresses. Written pages are protected again: the process must be

@@ -1,5 +1,6 @@
 //! The remote batch: a table of system calls written into a target and run in one go.
 
+use super::proc::{Map, Maps};
 use super::{Result, TraceeError};
 use crate::sys::{batch_code, memory};
 use std::io;
@@ -30,6 +31,19 @@ impl Arena {
     pub fn install(self, pid: i32) -> Result<()> {
         memory::write(pid, self.base, batch_code::bytes())
             .map_err(TraceeError::request("writing the batch code", pid))
+    }
+
+    /// One that a ckpt has left in the process that was killed while it was there.
+    pub fn left_in(pid: i32, maps: &Maps) -> Option<Self> {
+        let code = batch_code::bytes();
+        let mut there = vec![0; code.len()];
+        let like_ours =
+            |map: &&Map| map.size() == Self::SMALL && map.prot == 7 && !map.shared && map.inode == 0;
+        let left = maps
+            .iter()
+            .filter(like_ours)
+            .find(|map| memory::read(pid, map.start, &mut there).is_ok() && there == code);
+        left.map(|map| Self { base: map.start, len: Self::SMALL })
     }
 
     /// First address behind.

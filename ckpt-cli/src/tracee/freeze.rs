@@ -73,13 +73,17 @@ impl Frozen {
         }
     }
 
-    /// Lets everything run on. Errors of single threads do not keep the others frozen; the first is returned.
+    /// Lets everything run on. Errors of single threads do not keep the others frozen; the first is returned. That
+    /// a thread is gone is none: the first to run on may end the process.
     pub fn thaw(self) -> Result<()> {
         let mut first = Ok(());
         for process in self.processes.into_values() {
             for thread in process.threads {
-                let done = thread.release();
-                first = first.and(done);
+                match thread.release() {
+                    Err(TraceeError::Request { source, .. })
+                        if source.raw_os_error() == Some(libc::ESRCH) => {}
+                    done => first = first.and(done),
+                }
             }
         }
         first
@@ -275,8 +279,17 @@ impl FrozenProcess {
         })?;
         let heals = scratch(self, maps, Stopped::healing_size());
         let leader = self.threads.first_mut().context("it has no thread left")?;
-        let arena = leader.map_arena(&pieces, heals, Arena::SMALL)?;
+        let arena = match Arena::left_in(self.pid, maps) {
+            Some(left) => left,
+            None => leader.map_arena(&pieces, heals, Arena::SMALL)?,
+        };
         let inside = act(&mut self.threads, arena);
+        // Whoever ran a batch stands in the arena still, and would run on there if we were killed.
+        let mut back = Ok(());
+        for thread in &mut self.threads {
+            back = back.and(thread.give_back());
+        }
+        back?;
         // A failure is looked at behind the removal.
         if let Some(leader) = self.threads.first_mut() {
             leader.unmap_arena(&pieces, heals, arena)?;

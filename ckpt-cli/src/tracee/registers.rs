@@ -44,6 +44,52 @@ pub fn resumable(regs: &UserRegs) -> UserRegs {
     regs
 }
 
+/// The number of the call that a thread in restart_syscall(2) had made.
+///
+/// A sleep that was interrupted before goes on as restart_syscall: the kernel knows the time that is left, but the
+/// number of the call is gone from the registers, which otherwise are as they were. It is in the instruction that
+/// loaded it, mostly; else the arguments tell which of the four calls that are continued in this way it was
+/// (`restart_block` in nanosleep(2), clock_nanosleep(2), poll(2), futex(2)).
+pub fn name_restarted(pid: i32, regs: &mut UserRegs) {
+    if regs.orig_rax as i64 != libc::SYS_restart_syscall {
+        return;
+    }
+    // In front of the syscall instruction: mov $number, %eax.
+    let mut code = [0; 5];
+    let at = regs.rip.wrapping_sub(SYSCALL_LEN + code.len() as u64);
+    let loaded = match memory::read(pid, at, &mut code) {
+        Ok(()) if code[0] == 0xb8 => i64::from(u32::from_le_bytes([code[1], code[2], code[3], code[4]])),
+        _ => -1,
+    };
+    let continued = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_poll, libc::SYS_futex];
+    let number = if continued.contains(&loaded) { loaded } else { guess(pid, regs) };
+    regs.orig_rax = number as u64;
+}
+
+fn guess(pid: i32, regs: &UserRegs) -> i64 {
+    const PAGE: u64 = 4096;
+    const FUTEX_COMMAND: u64 = 0x7f;
+    // struct timespec: seconds and nanoseconds.
+    let is_time = |address: u64| {
+        let mut time = [0; 16];
+        memory::read(pid, address, &mut time).is_ok()
+            && u64::from_ne_bytes(time[8..].try_into().unwrap_or_default()) < 1_000_000_000
+    };
+    match (regs.rdi, regs.rsi) {
+        (clock, flags) if clock < PAGE && flags < 2 && is_time(regs.rdx) => libc::SYS_clock_nanosleep,
+        (_, operation)
+            if [libc::FUTEX_WAIT, libc::FUTEX_WAIT_BITSET]
+                .contains(&((operation & FUTEX_COMMAND) as i32))
+                && operation < PAGE
+                && is_time(regs.r10) =>
+        {
+            libc::SYS_futex
+        }
+        (_, rest) if rest == 0 || rest >= PAGE => libc::SYS_nanosleep,
+        _ => libc::SYS_poll,
+    }
+}
+
 /// Sends a thread that was stopped inside a restartable sequence to the sequence's abort handler, as the kernel does
 /// after any preemption (Documentation of rseq(2)). `critical_section` is the `rseq_cs` word of its area.
 pub fn abort_sequence(pid: i32, regs: &mut UserRegs, critical_section: u64) -> bool {

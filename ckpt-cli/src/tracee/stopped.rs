@@ -44,6 +44,7 @@ impl Stopped {
             deferred: Vec::new(),
             born: Vec::new(),
         };
+        registers::name_restarted(pid, &mut stopped.regs);
         let status =
             procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
         if let Ok(status) = status {

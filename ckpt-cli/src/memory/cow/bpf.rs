@@ -129,7 +129,9 @@ impl Loaded {
                 namespaces.push(namespace);
                 namespaces.len() - 1
             });
-            let list = space.lists.previous();
+            // A page that was dropped from a file mapping stays protected, and would be taken for what it was.
+            let list = space.lists.previous().intersection(&space.anonymous());
+            let list = &list;
             let mut taken = PageSet::default();
             for range in closed(list).ranges() {
                 let fits = next + (range.end - range.start) <= self.pages.len() as u64

@@ -14,9 +14,14 @@ use anyhow::{Context as _, Result};
 use ckpt_common::image::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Pages that are saved and unprotected at one fault: what follows is often written next.
 const AROUND: u64 = 16;
+
+/// Time between two looks at faults while the job stops.
+const BETWEEN_ANSWERS: Duration = Duration::from_micros(50);
 
 /// What is guarded of one process.
 #[derive(Debug, Default)]
@@ -78,6 +83,33 @@ impl Guarded {
         let bits = self.listed.remove(&group).unwrap_or_default();
         let pages = (0..AROUND).filter(|bit| bits & (1 << bit) != 0).map(|bit| group * AROUND + bit);
         pages.map(|page| page..page + 1).collect()
+    }
+}
+
+impl UffdGuard {
+    /// Stops the job. A thread may wait in the kernel for our answer to a write fault, where it cannot be stopped: so
+    /// faults are answered until all have stopped.
+    fn freeze(&self, spaces: &BTreeMap<i32, Space>, pids: &[i32]) -> Result<Frozen> {
+        let asking: Vec<&Userfaultfd> =
+            self.processes.keys().filter_map(|pid| spaces.get(pid)?.asking()).collect();
+        let stopped = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stopped.load(Ordering::Relaxed) {
+                    for asking in &asking {
+                        for fault in asking.faults().unwrap_or_default() {
+                            let page = fault.address / PAGE_SIZE as u64 * PAGE_SIZE as u64;
+                            let answered = asking.write_protect(page, page + PAGE_SIZE as u64, false);
+                            let _ = answered.or_else(|_| asking.wake(page, page + PAGE_SIZE as u64));
+                        }
+                    }
+                    std::thread::sleep(BETWEEN_ANSWERS);
+                }
+            });
+            let frozen = Frozen::freeze(pids);
+            stopped.store(true, Ordering::Relaxed);
+            Ok(frozen?)
+        })
     }
 }
 
@@ -169,7 +201,7 @@ impl Guard for UffdGuard {
 
     fn end(self: Box<Self>, spaces: &BTreeMap<i32, Space>, pids: &[i32]) -> Result<BTreeMap<i32, PageSet>> {
         let mut written = BTreeMap::new();
-        let frozen = Frozen::freeze(pids).context("stopping the job to track its memory as before")?;
+        let frozen = self.freeze(spaces, pids).context("stopping the job to track its memory as before")?;
         let mut result = Ok(());
         for (pid, guarded) in self.processes {
             let Some((space, asking, tracking)) =
