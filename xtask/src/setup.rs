@@ -10,6 +10,7 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("test nodes", &["openssh-server", "openssh-client", "iproute2", "procps", "util-linux"]),
     ("workloads", &["gcc", "libc6-dev", "make", "python3", "python3-numpy"]),
     ("workloads", &["libopenblas0-pthread", "redis-server", "redis-tools"]),
+    ("workloads", &["openjdk-17-jdk-headless", "nodejs", "golang-go", "stress-ng", "ffmpeg"]),
     ("workloads", &["nginx-light", "wrk", "sqlite3", "xz-utils", "gzip", "coreutils"]),
 ];
 

@@ -147,6 +147,15 @@ impl Session {
         Ok(())
     }
 
+    /// Bytes of memory that were modified since the checkpoint that this one builds on, or since [`Self::arm`]. The job
+    /// runs.
+    pub fn sample(&mut self) -> Result<u64> {
+        let mut pids: Vec<i32> = self.pids.iter().flat_map(|pid| proc::tree(*pid)).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        self.memory.sample(&pids)
+    }
+
     /// Freezes the job and takes its state. The job stays frozen until [`Self::thaw`], [`Self::finish`] or drop.
     ///
     /// Some states pass by themselves, such as a connection that waits to be accepted: then the job runs on for a

@@ -9,10 +9,13 @@ use ckpt_common::image::manifest::ProcessSummary;
 use ckpt_common::image::objects::OutsideKind;
 use ckpt_common::image::socket::Address;
 use ckpt_common::image::tcp::Position;
+use ckpt_common::wire::REQUEST_DIRECTORY;
+use nix::sys::socket::{UnixAddr, getpeername};
 use procfs::process::Process as Proc;
 use std::collections::HashSet;
 use std::io::Read as _;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 
 /// Something that cannot be saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,9 +78,17 @@ pub(super) fn word(what: OutsideKind) -> &'static str {
     }
 }
 
+/// Is it a program's own request for a checkpoint, which waits for its answer? It may always lead out of the job:
+/// the end of the connection tells the restored program what it is.
+pub(super) fn is_request(probe: &Probe) -> bool {
+    // Also while it waits to be accepted: it has the listener's name by then.
+    let peer = getpeername::<UnixAddr>(probe.file.as_raw_fd());
+    peer.is_ok_and(|peer| peer.path().and_then(Path::parent) == Some(Path::new(REQUEST_DIRECTORY)))
+}
+
 /// Does the description lead out of the job, and as what?
 pub(super) fn outside(probe: &Probe, foreign: &HashSet<u64>) -> Option<OutsideKind> {
-    let shared = foreign.contains(&probe.stat.st_ino);
+    let shared = foreign.contains(&probe.stat.st_ino) || is_request(probe);
     match probe.class() {
         Class::Terminal => Some(OutsideKind::Terminal),
         Class::Pipe if shared && probe.link.starts_with("pipe:") => Some(OutsideKind::Pipe),
@@ -294,7 +305,7 @@ impl Check<'_> {
             let Ok(probe) = Probe::new(self.pid, process.as_fd(), fd) else { continue };
             let what = format!("fd {fd}  {}", probe.link);
             if let Some(kind) = outside(&probe, &self.plan.foreign) {
-                if fd > 2 {
+                if fd > 2 && !is_request(&probe) {
                     self.leave_out(&what, kind);
                 }
                 continue;

@@ -12,6 +12,7 @@ use super::{
     error::{Classified, failure_of},
     fault::Faults,
     frames::{FrameReader, FrameWriter},
+    requests::Requests,
 };
 use crate::{
     job::selector,
@@ -37,6 +38,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long an agent waits for requests before it says that there are none.
+const AWAIT: Duration = Duration::from_millis(200);
 const TICK: Duration = Duration::from_millis(50);
 /// Silence after which the coordinator is given up, until it says how patient we should be.
 const FIRST_PATIENCE: Duration = Duration::from_secs(60);
@@ -166,6 +169,7 @@ enum State {
     Dump(Box<Dumping>),
     Restore(Box<dyn RestoreSession>),
     Released(Vec<i32>),
+    Watching(Requests),
 }
 
 /// A dump under way. The writer goes before the session, which knows what has become of it.
@@ -234,6 +238,7 @@ impl Agent<'_> {
             Request::Hello(hello) => self.hello(&hello),
             Request::Doctor { store } => Ok(Response::Doctor(crate::doctor::probe(Path::new(&store)))),
             Request::PlanDump(task) => Ok(Response::Planned(self.plan_dump(task)?)),
+            Request::Sample => self.sample(),
             Request::Arm => self.arm(),
             Request::Cut => Ok(Response::Cut(self.dumping()?.session.cut()?)),
             Request::Settle => Ok(Response::Settled(self.dumping()?.session.settle()?)),
@@ -245,6 +250,14 @@ impl Agent<'_> {
             Request::Connect => self.restoring(|session| session.connect()),
             Request::Release => self.release(),
             Request::Wait => self.wait(),
+            Request::Watch(task) => {
+                self.state = State::Watching(Requests::listen(&task)?);
+                Ok(Response::Done)
+            }
+            Request::Await(answers) => match &mut self.state {
+                State::Watching(requests) => Ok(Response::Awaited(requests.wait(&answers, AWAIT))),
+                _ => bail!("no job is watched on this node"),
+            },
             Request::Abort => {
                 self.abort();
                 Ok(Response::Done)
@@ -286,18 +299,38 @@ impl Agent<'_> {
         }
     }
 
+    /// Without a checkpoint to build on, everything counts as modified: it is copied ahead first, once.
+    fn sample(&mut self) -> Result<Response> {
+        if self.dumping()?.part.is_none() && !self.make_part()? {
+            self.arm()?;
+        }
+        Ok(Response::Sampled(self.dumping()?.session.sample()?))
+    }
+
     fn arm(&mut self) -> Result<Response> {
+        if self.dumping()?.part.is_none() {
+            self.make_part()?;
+        }
+        let dumping = self.dumping()?;
+        dumping.session.arm(dumping.part.as_mut().context("it was just made")?)?;
+        Ok(Response::Done)
+    }
+
+    /// Begins the part. Does it build on an older one?
+    fn make_part(&mut self) -> Result<bool> {
         let watch = lock(&self.shared.watch).clone();
         let dumping = self.dumping()?;
+        let base = dumping.session.base()?;
+        let builds = base.is_some();
         let part = dumping.store.part_writer(PartOptions {
             compress: dumping.task.options.compress.map_or(Compress::None, Compress::Zstd),
             dump: Some(dumping.task.dump.clone().into()),
             watch,
-            base: dumping.session.base()?,
+            base,
             ..Default::default()
         })?;
-        dumping.session.arm(dumping.part.insert(part))?;
-        Ok(Response::Done)
+        dumping.part = Some(part);
+        Ok(builds)
     }
 
     fn save(&mut self) -> Result<Response> {

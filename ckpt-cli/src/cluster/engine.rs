@@ -44,8 +44,11 @@ pub trait DumpSession {
     /// This node's part of the checkpoint that this one builds on, if there is one. Asked once, before
     /// [`Self::arm`].
     fn base(&mut self) -> Result<Option<PartReader>>;
-    /// Makes ready what the freeze must not wait for; memory that is saved ahead goes to the part.
+    /// Makes ready what the freeze must not wait for; memory that is saved ahead goes to the part. May be
+    /// repeated.
     fn arm(&mut self, part: &mut PartWriter) -> Result<()>;
+    /// Bytes of memory modified since the base, or since [`Self::arm`] where there is none. The job runs.
+    fn sample(&mut self) -> Result<u64>;
     /// Freezes the job and takes its state.
     fn cut(&mut self) -> Result<CutReport>;
     /// Takes what connections have received: every sender, on all nodes, is cut. Gives all

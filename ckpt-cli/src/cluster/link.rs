@@ -252,6 +252,7 @@ fn name(request: &Request) -> String {
         Request::Hello(_) => "greeting",
         Request::Doctor { .. } => "doctor",
         Request::PlanDump(_) | Request::PlanRestore(_) => "plan",
+        Request::Sample => "sample",
         Request::Arm => "arm",
         Request::Cut => "cut",
         Request::Settle => "settle",
@@ -262,6 +263,7 @@ fn name(request: &Request) -> String {
         Request::Connect => "connect",
         Request::Release => "release",
         Request::Wait => "wait",
+        Request::Watch(_) | Request::Await(_) => "watch",
         Request::Abort => "abort",
         Request::Ping => "ping",
     };

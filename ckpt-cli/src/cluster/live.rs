@@ -205,6 +205,10 @@ impl DumpSession for LiveDump {
         self.session()?.arm(part)
     }
 
+    fn sample(&mut self) -> Result<u64> {
+        self.session()?.sample()
+    }
+
     fn cut(&mut self) -> Result<CutReport> {
         let processes = self.processes.clone();
         let report = self.session()?.cut().map_err(classified)?;

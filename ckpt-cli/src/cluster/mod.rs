@@ -6,6 +6,7 @@
 //! * [`agent`]: one node's side, around an [`engine::Engine`]
 //! * [`transport`], [`link`]: how an agent is started and asked
 //! * [`channels`], [`addresses`]: which connections are inside the job, and where they lead later
+//! * [`requests`]: programs that ask for a checkpoint
 //! * [`fault`]: faults on purpose, for tests
 
 pub mod addresses;
@@ -20,6 +21,7 @@ pub mod frames;
 mod keeping;
 pub mod link;
 pub mod live;
+pub mod requests;
 pub mod transport;
 
 pub use error::{ClusterError, Result};

@@ -1,15 +1,14 @@
 //! `ckpt dump`: take a checkpoint.
 
-use super::{Global, interrupt, nodes_of};
+use super::{
+    Global, interrupt,
+    what::{self, How, Which},
+};
 use crate::{
-    cluster::coordinator::{self, DumpOutcome, DumpRequest},
-    store::{FAST, JobName},
+    cluster::coordinator::{self, DumpOutcome, WhenBelow},
     ui::{ExitCode, Failed, Ui, bytes, duration, plural},
 };
-use ckpt_common::{
-    image::{PAGE_SIZE, manifest::DumpRecord},
-    wire::{CopyBeforeWrite, DumpOptions, FilePolicy, Selector},
-};
+use ckpt_common::image::PAGE_SIZE;
 use serde_json::json;
 use std::time::Duration;
 
@@ -21,229 +20,59 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    target: Target,
-    /// Name of the job in the store [default: the ID, or pid-PID]
-    #[arg(long, value_name = "JOB")]
-    name: Option<String>,
-    /// Nodes of the job, such as n[01-04],login2 [default: the scheduler's, else this machine]
-    #[arg(long, value_name = "LIST")]
-    nodes: Option<String>,
+    which: Which,
     /// End the job once the checkpoint exists; it stays frozen until then
     #[arg(long)]
     stop: bool,
     /// Save all memory, as if there had been no checkpoint before
     #[arg(long)]
     full: bool,
-    /// How long copying memory may prolong the freeze
-    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = humantime::parse_duration)]
-    max_pause: Duration,
-    /// How memory that does not fit into that time is kept from being overwritten
-    #[arg(long, value_name = "WAY", value_enum, default_value = "auto")]
-    cow: Cow,
-    /// `fast`, zstd level from 1 to 19, or none
-    #[arg(long, value_name = "LEVEL", default_value = "fast", value_parser = compression)]
-    compress: Compression,
-    /// What to keep of files that the job has open for writing
-    #[arg(long, value_name = "WHAT", value_enum, default_value = "content")]
-    files: Files,
-    /// Let something pass that leads out of the job; it comes back closed or disconnected
-    #[arg(long, value_name = "KIND", value_enum)]
-    allow: Vec<Allow>,
+    /// Freeze the job when at most so much of its memory is modified since its last checkpoint, such as 64M
+    ///
+    /// Without an earlier checkpoint: since all memory was copied once, before the waiting begins.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    when_below: Option<u64>,
+    /// With --when-below: freeze it after this time anyway
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration, requires = "when_below")]
+    deadline: Duration,
+    #[command(flatten)]
+    how: How,
 }
 
-#[derive(Debug, clap::Args)]
-#[group(required = true, multiple = false)]
-struct Target {
-    /// The processes marked CKPT_JOB=ID, or of this job of a batch scheduler, and their descendants
-    #[arg(long, value_name = "ID")]
-    job: Option<String>,
-    /// This process and its descendants
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
-    pid: Vec<i32>,
-    /// Everything in this control group and below
-    #[arg(long, value_name = "PATH")]
-    cgroup: Option<String>,
+/// A number of bytes: K, M, G and T are powers of 1024, with or without `iB`; with `B`, of 1000.
+fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is no size: give a number and B, K, M, G or T, such as 64M or 1.5GiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| wrong())?;
+    let unit = text[digits..].trim().to_ascii_uppercase();
+    let (prefix, base) = match unit.strip_suffix("IB") {
+        Some(prefix) => (prefix, 1024_f64),
+        None if unit.len() == 2 && unit.ends_with('B') => (&unit[..1], 1000.0),
+        None => (unit.as_str(), 1024.0),
+    };
+    let power = match prefix {
+        "" | "B" => 0,
+        "K" => 1,
+        "M" => 2,
+        "G" => 3,
+        "T" => 4,
+        _ => return Err(wrong()),
+    };
+    Ok((number * base.powi(power)) as u64)
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Compression(Option<i32>);
-
-impl Compression {
-    /// As it is typed.
-    fn name(self) -> String {
-        match self.0 {
-            None => "none".to_owned(),
-            Some(FAST) => "fast".to_owned(),
-            Some(level) => level.to_string(),
-        }
-    }
-}
-
-fn compression(text: &str) -> Result<Compression, String> {
-    match text.parse::<i32>() {
-        _ if text == "none" => Ok(Compression(None)),
-        _ if text == "fast" => Ok(Compression(Some(FAST))),
-        Ok(level @ 1..=19) => Ok(Compression(Some(level))),
-        _ => Err("give `fast`, a level from 1 to 19, or none".into()),
-    }
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Files {
-    /// Their content: they come back as they were
-    Content,
-    /// Their length: they are cut back to it
-    Length,
-    /// Nothing: they are opened as they are found
-    None,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Cow {
-    /// What costs the program least, of what the kernel offers
-    Auto,
-    /// A BPF program on page faults copies old content
-    Bpf,
-    /// Write faults wait until old content is copied
-    Uffd,
-    /// The freeze lasts until everything is copied
-    Stop,
-}
-
-impl From<Cow> for CopyBeforeWrite {
-    fn from(cow: Cow) -> Self {
-        match cow {
-            Cow::Auto => Self::Auto,
-            Cow::Bpf => Self::Bpf,
-            Cow::Uffd => Self::Uffd,
-            Cow::Stop => Self::Stop,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Allow {
-    /// TCP connections
-    #[value(name = "outside-tcp")]
-    Tcp,
-    /// Unix sockets
-    #[value(name = "outside-unix")]
-    Unix,
-    /// Pipes and FIFOs
-    #[value(name = "outside-pipe")]
-    Pipe,
-    /// Terminals
-    #[value(name = "outside-tty")]
-    Tty,
-}
-
-impl Allow {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Tcp => "outside-tcp",
-            Self::Unix => "outside-unix",
-            Self::Pipe => "outside-pipe",
-            Self::Tty => "outside-tty",
-        }
-    }
-}
-
-impl Target {
-    fn selector(&self) -> Selector {
-        match (&self.job, &self.cgroup) {
-            (Some(job), _) => Selector::Job(job.clone()),
-            (None, Some(cgroup)) => Selector::Cgroup(cgroup.clone()),
-            (None, None) => Selector::Pids(self.pid.clone()),
-        }
-    }
-
-    /// The options as typed, for the manifest.
-    fn typed(&self) -> String {
-        match self.selector() {
-            Selector::Job(id) => format!("--job {id}"),
-            Selector::Cgroup(path) => format!("--cgroup {path}"),
-            Selector::Pids(pids) => {
-                pids.iter().map(|pid| format!("--pid {pid}")).collect::<Vec<_>>().join(" ")
-            }
-        }
-    }
-
-    /// What it is, in a message.
-    fn noun(&self) -> String {
-        match self.selector() {
-            Selector::Job(id) => format!("job {id}"),
-            Selector::Cgroup(path) => format!("control group {path}"),
-            Selector::Pids(pids) => match &pids[..] {
-                [pid] => format!("process {pid}"),
-                pids => format!("{} process trees", pids.len()),
-            },
-        }
-    }
-
-    fn default_name(&self) -> String {
-        match self.selector() {
-            Selector::Job(id) => id,
-            Selector::Cgroup(path) => path.trim_matches('/').replace('/', "-"),
-            Selector::Pids(pids) => format!("pid-{}", pids.first().copied().unwrap_or_default()),
-        }
-    }
-}
-
-const UNTOUCHED: &str = "the job runs on, the store is unchanged";
+pub(super) const UNTOUCHED: &str = "the job runs on, the store is unchanged";
 
 pub(super) fn run(arguments: &Arguments, global: &Global, ui: &Ui) -> Result<(), Failed> {
     let launcher = global.launcher()?;
-    let nodes = match (nodes_of(arguments.nodes.as_deref())?, arguments.target.selector()) {
-        (Some(nodes), Selector::Pids(_)) if nodes.len() > 1 => {
-            return Err(Failed::usage("--pid names processes of one node, but --nodes names several")
-                .hint("mark the processes with CKPT_JOB=ID in their environment and use --job ID"));
-        }
-        (Some(nodes), _) => nodes,
-        (None, _) => vec![launcher.this_node()],
-    };
-    let name = arguments.name.clone().unwrap_or_else(|| arguments.target.default_name());
-    let job: JobName = name
-        .parse()
-        .map_err(|error| Failed::from(error).hint("--name gives the job another name in the store"))?;
-    let mut allow: Vec<String> = Vec::new();
-    for kind in &arguments.allow {
-        if !allow.iter().any(|word| word == kind.word()) {
-            allow.push(kind.word().to_owned());
-        }
-    }
-    let (files, files_text) = match arguments.files {
-        Files::Content => (FilePolicy::Content, "content"),
-        Files::Length => (FilePolicy::Length, "length"),
-        Files::None => (FilePolicy::None, "none"),
-    };
-    let compress = arguments.compress.0;
-    let request = DumpRequest {
-        store: global.absolute_store()?,
-        job,
-        selector: arguments.target.selector(),
-        nodes,
-        options: DumpOptions {
-            stop: arguments.stop,
-            compress,
-            files,
-            allow: allow.clone(),
-            full: arguments.full,
-            max_pause: arguments.max_pause.as_micros() as u64,
-            cow: arguments.cow.into(),
-        },
-        record: DumpRecord {
-            selector: arguments.target.typed(),
-            stop: arguments.stop,
-            compress: arguments.compress.name(),
-            files: files_text.to_owned(),
-            allow,
-        },
-    };
+    let mut request =
+        what::request(&arguments.which, &arguments.how, arguments.stop, arguments.full, global, &launcher)?;
+    request.when_below = arguments.when_below.map(|bytes| WhenBelow { bytes, deadline: arguments.deadline });
     let interrupted = interrupt::flag()?;
     let progress = ui.progress();
     let outcome = coordinator::dump(&request, &global.context(&launcher, &interrupted, &progress));
     drop(progress);
-    let what = format!("checkpoint {}", arguments.target.noun());
+    let what = format!("checkpoint {}", arguments.which.noun());
     let outcome = outcome.map_err(|error| Failed::from_cluster(&error, &what, UNTOUCHED))?;
     ui.summary(&text(&outcome), &document(&outcome))?;
     for (node, item) in &outcome.left_out {
@@ -260,14 +89,21 @@ fn memory(outcome: &DumpOutcome) -> u64 {
     nodes.map(|node| (node.part.data_pages + node.part.zero_pages) * PAGE_SIZE as u64).sum()
 }
 
-fn text(outcome: &DumpOutcome) -> String {
+pub(super) fn text(outcome: &DumpOutcome) -> String {
     let (checkpoint, manifest) = (&outcome.checkpoint, &outcome.checkpoint.manifest);
     let pause = match manifest.options.stop {
         true => "job ended".to_owned(),
         false => format!("paused {}", duration(Duration::from_micros(manifest.paused_us))),
     };
+    let waited = outcome.waited.map_or_else(String::new, |waited| {
+        let when = match waited.below {
+            true => "Frozen when little was modified",
+            false => "Frozen at the deadline, with more modified than wanted",
+        };
+        format!("{when}: {} after {}\n", bytes(waited.modified), duration(waited.waited))
+    });
     format!(
-        "Saved {} ({}): {} on {}, {} of memory in {}, {pause}, {}\n",
+        "Saved {} ({}): {} on {}, {} of memory in {}, {pause}, {}\n{waited}",
         checkpoint.name(),
         checkpoint.id.short(),
         plural(manifest.processes(), "process"),
@@ -278,9 +114,9 @@ fn text(outcome: &DumpOutcome) -> String {
     )
 }
 
-fn document(outcome: &DumpOutcome) -> serde_json::Value {
+pub(super) fn document(outcome: &DumpOutcome) -> serde_json::Value {
     let (checkpoint, manifest) = (&outcome.checkpoint, &outcome.checkpoint.manifest);
-    json!({
+    let mut document = json!({
         "type": "dump",
         "checkpoint": checkpoint.name(),
         "id": checkpoint.id,
@@ -295,12 +131,19 @@ fn document(outcome: &DumpOutcome) -> serde_json::Value {
         "left_out": outcome.left_out.iter()
             .map(|(node, item)| json!({"node": node, "pid": item.pid, "item": item.item, "reason": item.reason}))
             .collect::<Vec<_>>(),
-    })
+    });
+    if let Some(waited) = outcome.waited {
+        document["waited_us"] = json!(waited.waited.as_micros() as u64);
+        document["below"] = json!(waited.below);
+        document["modified_bytes"] = json!(waited.modified);
+    }
+    document
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::coordinator::Waited;
     use ckpt_common::image::{
         Digest,
         manifest::{Checkpoint, Manifest, NodePart, PartRef, ProcessSummary},
@@ -333,20 +176,38 @@ mod tests {
             ..Default::default()
         };
         let checkpoint = Checkpoint { id: Digest([0x9f; 32]), manifest };
-        let mut outcome =
-            DumpOutcome { checkpoint, took: Duration::from_millis(1_912), left_out: Vec::new() };
+        let mut outcome = DumpOutcome {
+            checkpoint,
+            took: Duration::from_millis(1_912),
+            left_out: Vec::new(),
+            waited: None,
+        };
         let running = text(&outcome);
         outcome.checkpoint.manifest.options.stop = true;
         insta::assert_snapshot!(format!("{running}{}{}", text(&outcome), document(&outcome)));
+        let mut below = Waited { waited: Duration::from_millis(1_200), modified: 3 << 20, below: true };
+        outcome.waited = Some(below);
+        let low = text(&outcome);
+        below.below = false;
+        outcome.waited = Some(below);
+        insta::assert_snapshot!(format!("{low}{}{}", text(&outcome), document(&outcome)));
     }
 
     #[test]
-    fn compression_levels() {
-        assert_eq!(compression("none"), Ok(Compression(None)));
-        assert_eq!(compression("19"), Ok(Compression(Some(19))));
-        assert!(compression("20").is_err() && compression("-1").is_err());
-        for text in ["none", "fast", "3"] {
-            assert_eq!(compression(text).unwrap().name(), text);
+    fn sizes() {
+        let all = [
+            ("4096", 4096),
+            ("64M", 64 << 20),
+            ("64MiB", 64 << 20),
+            ("1.5g", 3 << 29),
+            ("2KB", 2000),
+            ("7B", 7),
+        ];
+        for (text, bytes) in all {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "12Q", "-1", "1.2.3K"] {
+            assert!(size(text).is_err(), "{text}");
         }
     }
 }

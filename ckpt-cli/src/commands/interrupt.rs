@@ -2,7 +2,7 @@
 
 use crate::ui::Failed;
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
+    consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1},
     flag,
 };
 use std::sync::{Arc, atomic::AtomicBool};
@@ -18,4 +18,12 @@ pub(super) fn flag() -> Result<Arc<AtomicBool>, Failed> {
             .map_err(|error| Failed::other(format!("watching for signals: {error}")))?;
     }
     Ok(interrupted)
+}
+
+/// A flag that is set by SIGUSR1 from now on.
+pub(super) fn request() -> Result<Arc<AtomicBool>, Failed> {
+    let requested = Arc::new(AtomicBool::new(false));
+    flag::register(SIGUSR1, requested.clone())
+        .map_err(|error| Failed::other(format!("watching for signals: {error}")))?;
+    Ok(requested)
 }

@@ -9,10 +9,13 @@ mod interrupt;
 mod keep;
 mod ls;
 mod prune;
+mod request;
 mod restore;
 mod serve;
 mod show;
 mod verify;
+mod watch;
+mod what;
 
 use crate::{
     cluster::{
@@ -78,6 +81,8 @@ enum Command {
     Diff(diff::Arguments),
     Verify(verify::Arguments),
     Prune(prune::Arguments),
+    Watch(watch::Arguments),
+    Request(request::Arguments),
     Doctor(doctor::Arguments),
     Completions(completions::Arguments),
     Serve(serve::Arguments),
@@ -118,6 +123,8 @@ fn run(cli: &Cli, ui: &Ui) -> Result<(), Failed> {
         Command::Diff(arguments) => diff::run(arguments, global, ui),
         Command::Verify(arguments) => verify::run(arguments, global, ui),
         Command::Prune(arguments) => prune::run(arguments, global, ui),
+        Command::Watch(arguments) => watch::run(arguments, global, ui),
+        Command::Request(arguments) => request::run(arguments, ui),
         Command::Doctor(arguments) => doctor::run(arguments, global, ui),
         Command::Completions(arguments) => completions::run(arguments, ui),
         Command::Serve(arguments) => serve::run(arguments),

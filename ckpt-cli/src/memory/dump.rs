@@ -11,7 +11,7 @@ use super::cow::{Cow, Way};
 use super::page_set::PageSet;
 use super::space::{Space, Statistics};
 use super::staging::{Mark, Staging};
-use super::tracker::Tracker;
+use super::tracker::{self, Tracker};
 use crate::store::{PartReader, PartWriter};
 use crate::tracee::freeze::{Frozen, FrozenProcess};
 use crate::tracee::healing::Finder;
@@ -149,6 +149,10 @@ impl MemoryDump {
         self.pids = pids.to_vec();
         if !self.options.stop {
             self.cow = Cow::choose(self.options.way)?;
+            if self.cow.as_ref().is_some_and(Cow::wants_asking) {
+                // Those that were sampled are known already.
+                self.spaces.values_mut().for_each(Space::want_asking);
+            }
         }
         let mut before = u64::MAX;
         for _ in 0..ROUNDS {
@@ -181,6 +185,24 @@ impl MemoryDump {
         }
         self.staging.prepare(self.expected() + SPARE);
         Ok(())
+    }
+
+    /// Bytes that were modified since the base, or, where there is none, since they were copied ahead. The job runs,
+    /// and nothing is protected.
+    pub fn sample(&mut self, pids: &[i32]) -> Result<u64> {
+        let since_base = self.base.is_some();
+        let mut bytes = 0;
+        for pid in pids {
+            // One that has ended has nothing to save.
+            let Ok(space) = self.space(*pid) else { continue };
+            let (Ok(maps), tracked) = (proc::maps(*pid), space.is_tracked()) else { continue };
+            let Ok(seen) = tracker::peek(space.pagemap(), &maps) else { continue };
+            let listed = if since_base { space.lists.modified() } else { space.lists.current().clone() };
+            let modified =
+                if tracked { seen.written.union(&listed).intersection(&seen.own) } else { seen.own };
+            bytes += modified.bytes();
+        }
+        Ok(bytes)
     }
 
     fn can_copy_before_write(&self) -> bool {

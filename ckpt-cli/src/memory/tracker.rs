@@ -185,6 +185,21 @@ pub fn look(pagemap: &File, maps: &[Map]) -> Result<Scan> {
     seen.scan(pagemap, maps)
 }
 
+/// Looks at memory without protecting anything, so the process may run: pages that are not tracked count as written.
+///
+/// # Errors
+/// The process is gone.
+pub fn peek(pagemap: &File, maps: &[Map]) -> Result<Scan> {
+    let mut seen = Seen::default();
+    for (Range { start, end }, own) in walks(maps, &all(maps)) {
+        pagemap::scan(pagemap.as_fd(), start, end, own, |region| {
+            seen.note(region, region.categories & category::WRITTEN != 0);
+        })
+        .context("counting the pages that were written")?;
+    }
+    seen.scan(pagemap, maps)
+}
+
 /// From the first mapping to the last.
 pub fn all(maps: &[Map]) -> Range<u64> {
     let (first, last) = (maps.first(), maps.last());

@@ -124,6 +124,10 @@ impl DumpSession for FakeDump {
         Ok(())
     }
 
+    fn sample(&mut self) -> Result<u64> {
+        Ok(0)
+    }
+
     fn cut(&mut self) -> Result<CutReport> {
         self.0.put("was-cut", "")?;
         self.0.put("frozen", &std::process::id().to_string())?;

@@ -99,6 +99,7 @@ pub(crate) fn dump(words: &[String]) {
         nodes: nodes(&words[0]),
         options: DumpOptions { stop: words[1] == "stop", compress: Some(1), allow, ..Default::default() },
         record: Default::default(),
+        when_below: None,
     };
     let outcome = with_context(|context| coordinator::dump(&request, context));
     let _ = write!(std::io::stdout(), "{}", outcome.checkpoint.name());

@@ -17,6 +17,7 @@
 //!              | Plan (store, dump, selector)    |                              |
 //!              |-------------------------------->| processes, blockers          | runs
 //!              |    all blockers, of all nodes, at once; nothing frozen yet     |
+//!              | Sample: as long as too much memory is modified, if asked for    |
 //!              | Arm                             |                              |
 //!              |-------------------------------->| trackers, traffic hold       | runs
 //!              | Cut                             |                              |
@@ -33,15 +34,19 @@
 //!              |-------------------------------->| end of session               | runs, or is ended
 //!              | Abort: instead of any of these; whatever was done is undone    | runs
 //!
+//! watch     Hello, Watch, then Await again and again: requests for a checkpoint, and their answers.
+//!
 //! restore   Hello, Plan, Build, Connect, Release: nothing of the job runs before every node has
 //!           connected; Abort before that removes what was built.
 //! ```
 
 mod dump;
 mod restore;
+mod watch;
 
 pub use dump::*;
 pub use restore::*;
+pub use watch::*;
 
 use crate::image::FormatError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -221,6 +226,8 @@ pub enum Request {
     },
     /// [`Phase::Plan`] of a dump.
     PlanDump(DumpTask),
+    /// Between plan and arm: how much memory was modified?
+    Sample,
     /// [`Phase::Arm`].
     Arm,
     /// [`Phase::Cut`].
@@ -243,6 +250,10 @@ pub enum Request {
     Release,
     /// After [`Phase::Release`]: answer when all restored processes have ended.
     Wait,
+    /// Listen for requests for a checkpoint.
+    Watch(WatchTask),
+    /// After [`Request::Watch`]: give these answers, and say what has happened since the last time.
+    Await(Vec<Answer>),
     /// [`Phase::Abort`].
     Abort,
     /// The coordinator lives. Not answered.
@@ -263,6 +274,9 @@ pub enum Response {
     Doctor(Vec<Probe>),
     /// To [`Request::PlanDump`].
     Planned(PlanReport),
+    /// To [`Request::Sample`]: bytes modified since the last checkpoint or, where there is none, since the
+    /// first sample.
+    Sampled(u64),
     /// To [`Request::Cut`].
     Cut(CutReport),
     /// To [`Request::Settle`]: TCP connections with their positions.
@@ -273,6 +287,8 @@ pub enum Response {
     RestorePlanned(RestoreReport),
     /// To [`Request::Release`]: the restored processes' PIDs as this node sees them.
     Released(Vec<i32>),
+    /// To [`Request::Await`], after a moment.
+    Awaited(Awaited),
     /// To all other requests.
     Done,
     /// The request failed; the agent has undone what it had done before.

@@ -19,7 +19,7 @@ use ckpt_common::{
 };
 use crossbeam_channel::RecvTimeoutError;
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     path::PathBuf,
     sync::atomic::AtomicBool,
     thread,
@@ -32,6 +32,11 @@ const OUTSIDE_TCP: &str = "outside-tcp";
 /// Most attempts, and the time between two.
 const ATTEMPTS: u32 = 5;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
+
+/// Between two samples: so many times as long as one takes, within these bounds.
+const SAMPLE_REST: u32 = 20;
+const SHORTEST_REST: Duration = Duration::from_millis(20);
+const LONGEST_REST: Duration = Duration::from_secs(1);
 
 /// Blockers with the names of their nodes.
 pub type OnNodes = Vec<(String, Blocker)>;
@@ -50,6 +55,28 @@ pub struct DumpRequest {
     pub options: DumpOptions,
     /// The options as the manifest keeps them.
     pub record: DumpRecord,
+    /// Wait until little memory is modified.
+    pub when_below: Option<WhenBelow>,
+}
+
+/// When to cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WhenBelow {
+    /// So many bytes, on all nodes together, are little.
+    pub bytes: u64,
+    /// Cut anyway after so long.
+    pub deadline: Duration,
+}
+
+/// How long it was waited for little modified memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waited {
+    /// Time.
+    pub waited: Duration,
+    /// Bytes that were modified at the end.
+    pub modified: u64,
+    /// Was that little? If not, the deadline has come.
+    pub below: bool,
 }
 
 /// What came of it.
@@ -61,6 +88,8 @@ pub struct DumpOutcome {
     pub took: Duration,
     /// What comes back closed or disconnected, because that was allowed by name.
     pub left_out: OnNodes,
+    /// What came of [`DumpRequest::when_below`].
+    pub waited: Option<Waited>,
 }
 
 /// Takes a checkpoint of a job.
@@ -79,13 +108,19 @@ pub fn dump(request: &DumpRequest, context: &Context<'_>) -> Result<DumpOutcome>
         faults: context.faults()?,
         times: RefCell::default(),
         left_out: RefCell::default(),
+        waited: Cell::new(None),
     };
     let result = run.attempts(&mut links, &dump).and_then(|manifest| run.commit(dump, manifest));
     match result {
         Ok(checkpoint) => {
             let took = start.elapsed();
             run.end(&links, &checkpoint)?;
-            Ok(DumpOutcome { checkpoint, took, left_out: run.left_out.into_inner() })
+            Ok(DumpOutcome {
+                checkpoint,
+                took,
+                left_out: run.left_out.into_inner(),
+                waited: run.waited.get(),
+            })
         }
         Err(error) => {
             abort(&links, context);
@@ -100,6 +135,7 @@ struct Run<'a> {
     faults: Faults,
     times: RefCell<Vec<PhaseTime>>,
     left_out: RefCell<OnNodes>,
+    waited: Cell<Option<Waited>>,
 }
 
 impl Run<'_> {
@@ -137,6 +173,10 @@ impl Run<'_> {
         let plans = self.phase(Phase::Plan, || self.plan(links, dump, options))?;
         self.note_left_out(links, &plans);
         let (links, stop) = (&*links, self.request.options.stop);
+        // A second attempt does not wait again.
+        if let Some(when) = self.request.when_below.filter(|_| self.waited.get().is_none()) {
+            self.waited.set(Some(self.wait_until_below(links, when)?));
+        }
         self.phase(Phase::Arm, || ask_all(links, self.context, |_| Request::Arm, done))?;
         let (frozen, created) = (Instant::now(), SystemTime::now());
         let take = |response| match response {
@@ -177,6 +217,31 @@ impl Run<'_> {
             paused_us: if stop { 0 } else { paused.as_micros() as u64 },
             ..Default::default()
         })
+    }
+
+    /// Looks at how much is modified until it is little, or the deadline comes. A look takes longer for more memory:
+    /// so the time between two does, too.
+    fn wait_until_below(&self, links: &[Link], when: WhenBelow) -> Result<Waited> {
+        let start = Instant::now();
+        loop {
+            let look = Instant::now();
+            let take = |response| match response {
+                Response::Sampled(bytes) => Some(bytes),
+                _ => None,
+            };
+            let modified = ask_all(links, self.context, |_| Request::Sample, take)?.iter().sum();
+            let waited = start.elapsed();
+            let below = modified <= when.bytes;
+            if below || waited >= when.deadline {
+                return Ok(Waited { waited, modified, below });
+            }
+            let pause = (look.elapsed() * SAMPLE_REST).clamp(SHORTEST_REST, LONGEST_REST);
+            let end = Instant::now() + pause.min(when.deadline.saturating_sub(waited));
+            while Instant::now() < end {
+                self.context.check_interrupted()?;
+                thread::sleep(SHORTEST_REST.min(end.saturating_duration_since(Instant::now())));
+            }
+        }
     }
 
     /// Asks for plans until every connection's other end is found, or is missing for good:

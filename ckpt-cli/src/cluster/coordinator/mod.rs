@@ -2,9 +2,11 @@
 
 mod dump;
 mod restore;
+mod watch;
 
-pub use dump::{DumpOutcome, DumpRequest, OnNodes, dump};
+pub use dump::{DumpOutcome, DumpRequest, OnNodes, Waited, WhenBelow, dump};
 pub use restore::{RestoreOutcome, RestoreRequest, StdioChoice, restore};
+pub use watch::{Reasons, Watcher, watch};
 
 use super::{
     ClusterError, Result,
