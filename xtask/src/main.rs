@@ -48,7 +48,7 @@ enum Task {
     /// What a dump and a restore cost on this machine
     Bench {
         /// What is measured
-        #[arg(value_enum)]
+        #[command(subcommand)]
         what: Measured,
     },
     /// Test nodes on one machine: up NAME --nodes N | exec NAME NODE COMMAND... | down NAME
@@ -65,10 +65,12 @@ enum Task {
     },
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, Subcommand)]
 enum Measured {
     /// Pause, dump, image and restore: of a large process, and of many of each thing
     Dump,
+    /// What a dump costs a program that writes, against a frozen copy and fork; speed of dump and restore; growth
+    Memory(bench::MemoryOptions),
 }
 
 fn main() -> ExitCode {
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Mutants { words } => mutants::mutants(&words),
         Task::Bench { what: Measured::Dump } => bench::dump(),
+        Task::Bench { what: Measured::Memory(options) } => bench::memory(options),
         Task::Cluster { arguments } => cluster::pass_on(&arguments),
         Task::BuildEbpf { check } => ebpf::build(check),
     };

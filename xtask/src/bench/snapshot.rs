@@ -1,0 +1,122 @@
+//! A copy of a running program, in several ways: ckpt's, and what they are compared with.
+
+use super::program::{Cost, Order, Writer, now};
+use super::{Bench, is_there, ms, wait};
+use crate::command::{as_root, output};
+use anyhow::{Context, Result};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use serde_json::Value;
+use std::fs;
+use std::io::IoSliceMut;
+use std::time::Duration;
+
+/// An undisturbed time before each measurement.
+const UNDISTURBED: Duration = Duration::from_millis(500);
+const PIECE: usize = 1 << 20;
+
+/// How the copy is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// A dump with `--cow` this
+    Ckpt(&'static str),
+    /// SIGSTOP, all memory read, SIGCONT
+    Frozen,
+    /// The program forks itself, the child reads all memory
+    Fork,
+    /// The program forks itself, the child gives all memory to `zstd -1`
+    ForkAndSave,
+    /// Nothing happens
+    Nothing,
+}
+
+pub(super) const WAYS: [Way; 7] = [
+    Way::Nothing,
+    Way::Frozen,
+    Way::Fork,
+    Way::ForkAndSave,
+    Way::Ckpt("bpf"),
+    Way::Ckpt("uffd"),
+    Way::Ckpt("stop"),
+];
+
+impl Way {
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Ckpt(way) => format!("--cow {way}"),
+            Self::Frozen => "frozen copy".to_owned(),
+            Self::Fork => "fork, read".to_owned(),
+            Self::ForkAndSave => "fork, zstd".to_owned(),
+            Self::Nothing => "nothing".to_owned(),
+        }
+    }
+}
+
+/// What a copy has cost.
+#[derive(Clone, Debug)]
+pub(super) struct Taken {
+    pub(super) cost: Cost,
+    /// Of the whole copy, ms.
+    pub(super) took: f64,
+    /// The pause in ckpt's own words, ms.
+    pub(super) frozen: f64,
+}
+
+impl Bench {
+    /// A dump of the writer; the document.
+    pub(super) fn dump(&self, writer: &Writer, name: &str, more: &[&str]) -> Result<(Value, Duration)> {
+        let pid = writer.job.pid.to_string();
+        self.ckpt(&[&["dump", "--pid", &pid, "--name", name], more].concat())
+    }
+
+    /// Makes a copy of the writer while it works.
+    pub(super) fn take(&self, writer: &mut Writer, way: Way) -> Result<Taken> {
+        let mut copy = vec![1; if way == Way::Frozen { (writer.mib as usize) << 20 } else { 0 }];
+        let before = now();
+        std::thread::sleep(UNDISTURBED);
+        let start = now();
+        let mut frozen = 0.0;
+        match way {
+            Way::Ckpt(cow) => {
+                let (document, _) = self.dump(writer, "writer", &["--cow", cow])?;
+                frozen = document["paused_us"].as_f64().context("no pause")? / 1e3;
+            }
+            Way::Frozen => {
+                let start = now();
+                frozen_copy(writer, &mut copy)?;
+                frozen = ms(now() - start);
+            }
+            Way::Fork | Way::ForkAndSave => {
+                let child = writer.order(Order::Fork { save: way == Way::ForkAndSave })?;
+                wait("the fork has ended", || !is_there(child))?;
+                let _ = fs::remove_file(self.path("saved"));
+            }
+            Way::Nothing => std::thread::sleep(UNDISTURBED),
+        }
+        let end = now();
+        std::thread::sleep(Duration::from_millis(5));
+        let cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
+        Ok(Taken { cost, took: ms(end - start), frozen })
+    }
+}
+
+/// Reads all memory while the writer is stopped.
+fn frozen_copy(writer: &Writer, copy: &mut [u8]) -> Result<()> {
+    let pid = writer.job.pid;
+    let signal = |name: &str| output(as_root("kill").args([name, &pid.to_string()])).map(drop);
+    signal("-STOP")?;
+    let read = read_all(writer, copy);
+    signal("-CONT")?;
+    read
+}
+
+/// Reads all memory of the writer.
+pub(super) fn read_all(writer: &Writer, copy: &mut [u8]) -> Result<()> {
+    let base = writer.address()? as usize;
+    for (number, piece) in copy.chunks_mut(PIECE).enumerate() {
+        let from = RemoteIoVec { base: base + number * PIECE, len: piece.len() };
+        process_vm_readv(Pid::from_raw(writer.job.pid as i32), &mut [IoSliceMut::new(piece)], &[from])
+            .context("reading the writer's memory")?;
+    }
+    Ok(())
+}
