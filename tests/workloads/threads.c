@@ -1,9 +1,10 @@
-/* 64 threads, each with its own registers, vector registers, FPU control, TLS, signal mask and pending signals. */
+/* Up to 64 threads (the first argument, 64 without one), each with its own registers, vector registers, FPU control, TLS, signal mask and pending signals. */
 #include "work.h"
 #include <pthread.h>
 #include <sys/rseq.h>
 
 #define THREADS 64
+static int count = THREADS;
 static __thread uint64_t tls_value;
 static volatile int stop;
 static pthread_barrier_t barrier;
@@ -101,19 +102,21 @@ static void *thread(void *argument)
     return NULL;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1 && atoi(argv[1]) > 0 && atoi(argv[1]) < THREADS)
+        count = atoi(argv[1]);
     pthread_t threads[THREADS];
     struct sigaction action = { .sa_sigaction = on_usr2, .sa_flags = SA_SIGINFO | SA_ONSTACK };
 
     CHECK(sigaction(SIGRTMIN, &action, NULL) == 0);
-    pthread_barrier_init(&barrier, NULL, THREADS + 1);
-    for (int i = 0; i < THREADS; i++)
+    pthread_barrier_init(&barrier, NULL, (unsigned)count + 1);
+    for (int i = 0; i < count; i++)
         CHECK(pthread_create(&threads[i], NULL, thread, (void *)(intptr_t)i) == 0);
     pthread_barrier_wait(&barrier);
     ready();
     stop = 1;
-    for (int i = 0; i < THREADS; i++)
+    for (int i = 0; i < count; i++)
         CHECK(pthread_join(threads[i], NULL) == 0); /* needs clear_child_tid */
     return pass();
 }
