@@ -1,8 +1,9 @@
-// A program that measures itself: writer MIB huge|small THREADS READY-FILE SAVE-FILE. What it does is told to it through
-// its memory (struct board, whose address is in READY-FILE), so that it has no descriptor open. Per millisecond it notes
+// A program that measures itself: writer MIB huge|small THREADS BENCH READY-FILE SAVE-FILE. What it does is told to it through
+// its memory (struct board, whose address is in READY-FILE), so that it has no descriptor open. It ends when process BENCH does. Per millisecond it notes
 // how much it did, and the longest time between two looks at the clock. Half of its pages are incompressible.
 #define _GNU_SOURCE
 #include <err.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -34,6 +35,7 @@ static uint64_t pages;
 static int huge;
 static uint64_t rate;
 static const char *save;
+static pid_t bench;
 static uint64_t state = 88172645463325252u;
 static volatile uint64_t sink;
 
@@ -118,6 +120,13 @@ static void obey(void) {
     board.done = board.number;
 }
 
+// Where nobody tells it what to do any more, it ends.
+static void *watch(void *unused) {
+    while (kill(bench, 0) == 0 || errno != ESRCH) sleep(1);
+    _exit(1);
+    return unused;
+}
+
 static void *other(void *unused) {
     static const struct timespec ms = {0, 10000000};
     for (;;) {
@@ -128,21 +137,21 @@ static void *other(void *unused) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 6) errx(2, "usage: writer MIB huge|small THREADS READY-FILE SAVE-FILE");
+    if (argc != 7) errx(2, "usage: writer MIB huge|small THREADS BENCH READY-FILE SAVE-FILE");
     close_range(3, ~0U, 0);
     signal(SIGCHLD, SIG_IGN);
-    pages = strtoull(argv[1], NULL, 10) << 8, huge = !strcmp(argv[2], "huge"), save = argv[5];
+    pages = strtoull(argv[1], NULL, 10) << 8, huge = !strcmp(argv[2], "huge"), save = argv[6], bench = atol(argv[4]);
     fill();
     pthread_attr_t small;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, 64 << 10);
-    for (long i = atol(argv[3]); i > 1; i--) {
+    for (long i = atol(argv[3]); i > 0; i--) {
         pthread_t thread;
-        if (pthread_create(&thread, &small, other, NULL)) errx(1, "pthread_create");
+        if (pthread_create(&thread, &small, i > 1 ? other : watch, NULL)) errx(1, "pthread_create");
     }
     board.start = now();
-    FILE *ready = fopen(argv[4], "w");
-    if (!ready) err(1, "%s", argv[4]);
+    FILE *ready = fopen(argv[5], "w");
+    if (!ready) err(1, "%s", argv[5]);
     fprintf(ready, "%lu\n", (unsigned long)&board);
     fclose(ready);
 

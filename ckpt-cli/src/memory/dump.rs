@@ -175,7 +175,8 @@ impl MemoryDump {
         }
         let listed = self.spaces.values().map(|space| space.lists.current().bytes()).sum::<u64>();
         let budget = self.budget();
-        if let Some(cow) = self.cow.as_mut().filter(|_| listed > budget / 2) {
+        let ready = self.cow.is_some() && listed > budget / 2;
+        if let Some(cow) = self.cow.as_mut().filter(|_| ready) {
             let start = Instant::now();
             // What was not written in the last round may be before the cut.
             let listed = self.spaces.values().map(|space| space.lists.modified().pages()).sum();
@@ -184,6 +185,11 @@ impl MemoryDump {
             self.took("guard", start);
         }
         self.staging.prepare(self.expected() + SPARE);
+        if ready {
+            // Making ready took its time. What was written meanwhile is listed now, or the freeze would do it.
+            self.copy_current(part)?;
+            self.look(pids)?;
+        }
         Ok(())
     }
 

@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// Folders of runs, behind it the PID.
+const FOLDER: &str = "bench-";
+
 /// A folder for store and workloads. It is removed with this value.
 struct Bench {
     folder: PathBuf,
@@ -31,7 +34,8 @@ impl Bench {
     /// Builds the release binary and a program of `xtask/workloads`.
     fn new(source: &str) -> Result<Self> {
         run(cargo().args(["build", "--release", "--package", "ckpt-cli"]))?;
-        let folder = target().join(format!("bench-{}", std::process::id()));
+        sweep();
+        let folder = target().join(format!("{FOLDER}{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         let bench = Self { folder };
         let source = repository().join("xtask/workloads").join(source);
@@ -63,6 +67,17 @@ impl Drop for Bench {
     fn drop(&mut self) {
         // The store belongs to root. What cannot be removed stays in the build folder.
         let _ = output(as_root("rm").arg("-rf").arg(&self.folder));
+    }
+}
+
+/// Removes what runs left that were killed.
+fn sweep() {
+    for entry in fs::read_dir(target()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(FOLDER)?.parse().ok());
+        if pid.is_some_and(|pid| !is_there(pid)) {
+            let _ = output(as_root("rm").arg("-rf").arg(entry.path()));
+        }
     }
 }
 

@@ -66,7 +66,8 @@ impl Writer {
         let ready = bench.path("ready");
         let _ = std::fs::remove_file(&ready);
         let huge = if pages == Pages::Huge { "huge" } else { "small" };
-        let arguments = [mib.to_string(), huge.to_owned(), threads.to_string()];
+        let arguments =
+            [mib.to_string(), huge.to_owned(), threads.to_string(), std::process::id().to_string()];
         let job = Job::start(bench, &arguments, &ready, &[&bench.path("saved")])?;
         wait("the writer says where its board is", || {
             text_of(&ready).is_some_and(|found| found.ends_with('\n'))

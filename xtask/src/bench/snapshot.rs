@@ -2,8 +2,8 @@
 
 use super::program::{Cost, Order, Writer, now};
 use super::{Bench, is_there, ms, wait};
-use crate::command::{as_root, output};
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// An undisturbed time before each measurement.
 const UNDISTURBED: Duration = Duration::from_millis(500);
+/// A copy may end before the program runs again.
+const SETTLES: Duration = Duration::from_millis(50);
 const PIECE: usize = 1 << 20;
 
 /// How the copy is made.
@@ -94,19 +96,20 @@ impl Bench {
             Way::Nothing => std::thread::sleep(UNDISTURBED),
         }
         let end = now();
-        std::thread::sleep(Duration::from_millis(5));
-        let cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
+        // A pause is noted when it is over.
+        std::thread::sleep(SETTLES);
+        let mut cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
+        cost.pause = writer.window(start, now())?.gap();
         Ok(Taken { cost, took: ms(end - start), frozen })
     }
 }
 
 /// Reads all memory while the writer is stopped.
 fn frozen_copy(writer: &Writer, copy: &mut [u8]) -> Result<()> {
-    let pid = writer.job.pid;
-    let signal = |name: &str| output(as_root("kill").args([name, &pid.to_string()])).map(drop);
-    signal("-STOP")?;
+    let pid = Pid::from_raw(writer.job.pid as i32);
+    kill(pid, Signal::SIGSTOP).context("stopping the writer")?;
     let read = read_all(writer, copy);
-    signal("-CONT")?;
+    kill(pid, Signal::SIGCONT).context("letting the writer run on")?;
     read
 }
 
