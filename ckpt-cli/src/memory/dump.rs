@@ -147,12 +147,9 @@ impl MemoryDump {
     /// Copies what was modified while the job runs, until little is left or no headway is made.
     pub fn save_early(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
         self.pids = pids.to_vec();
-        if !self.options.stop {
-            self.cow = Cow::choose(self.options.way)?;
-            if self.cow.as_ref().is_some_and(Cow::wants_asking) {
-                // Those that were sampled are known already.
-                self.spaces.values_mut().for_each(Space::want_asking);
-            }
+        // A way that was asked for by name must be there; what else there is takes time to find out.
+        if !self.options.stop && matches!(self.options.way, Way::Bpf | Way::Uffd) {
+            self.choose_guard()?;
         }
         let mut before = u64::MAX;
         for _ in 0..ROUNDS {
@@ -175,7 +172,10 @@ impl MemoryDump {
         }
         let listed = self.spaces.values().map(|space| space.lists.current().bytes()).sum::<u64>();
         let budget = self.budget();
-        let ready = self.cow.is_some() && listed > budget / 2;
+        let ready = self.can_copy_before_write() && listed > budget / 2;
+        if ready && self.cow.is_none() {
+            self.choose_guard()?;
+        }
         if let Some(cow) = self.cow.as_mut().filter(|_| ready) {
             let start = Instant::now();
             // What was not written in the last round may be before the cut.
@@ -212,7 +212,16 @@ impl MemoryDump {
     }
 
     fn can_copy_before_write(&self) -> bool {
-        self.cow.is_some()
+        !self.options.stop && self.options.way != Way::Stop
+    }
+
+    fn choose_guard(&mut self) -> Result<()> {
+        self.cow = Cow::choose(self.options.way)?;
+        if self.cow.as_ref().is_some_and(Cow::wants_asking) {
+            // Those that were seen already get what they lack with the next look.
+            self.spaces.values_mut().for_each(Space::want_asking);
+        }
+        Ok(())
     }
 
     /// Bytes that the freeze will have to copy.
