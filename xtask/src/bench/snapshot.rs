@@ -62,6 +62,8 @@ pub(super) struct Taken {
     pub(super) took: f64,
     /// The pause in ckpt's own words, ms.
     pub(super) frozen: f64,
+    /// Old content was lost, and the dump began again with `stop`.
+    pub(super) fell_back: bool,
 }
 
 impl Bench {
@@ -77,10 +79,13 @@ impl Bench {
         let before = now();
         std::thread::sleep(UNDISTURBED);
         let start = now();
-        let mut frozen = 0.0;
+        let (mut frozen, mut fell_back) = (0.0, false);
         match way {
             Way::Ckpt(cow) => {
-                let (document, _) = self.dump(writer, "writer", &["--cow", cow])?;
+                let pid = writer.job.pid.to_string();
+                let arguments = ["dump", "--pid", &pid, "--name", "writer", "--cow", cow];
+                let (document, _, warnings) = self.ckpt_with_warnings(&arguments)?;
+                fell_back = warnings.contains("trying again");
                 frozen = document["paused_us"].as_f64().context("no pause")? / 1e3;
             }
             Way::Frozen => {
@@ -100,7 +105,7 @@ impl Bench {
         std::thread::sleep(SETTLES);
         let mut cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
         cost.pause = writer.window(start, now())?.gap();
-        Ok(Taken { cost, took: ms(end - start), frozen })
+        Ok(Taken { cost, took: ms(end - start), frozen, fell_back })
     }
 }
 
