@@ -4,11 +4,9 @@ use super::program::{Cost, Order, Writer, now};
 use super::{Bench, is_there, ms, wait};
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs;
-use std::io::IoSliceMut;
 use std::time::Duration;
 
 /// An undisturbed time before each measurement.
@@ -122,9 +120,7 @@ fn frozen_copy(writer: &Writer, copy: &mut [u8]) -> Result<()> {
 pub(super) fn read_all(writer: &Writer, copy: &mut [u8]) -> Result<()> {
     let base = writer.address()? as usize;
     for (number, piece) in copy.chunks_mut(PIECE).enumerate() {
-        let from = RemoteIoVec { base: base + number * PIECE, len: piece.len() };
-        process_vm_readv(Pid::from_raw(writer.job.pid as i32), &mut [IoSliceMut::new(piece)], &[from])
-            .context("reading the writer's memory")?;
+        writer.read((base + number * PIECE) as u64, piece)?;
     }
     Ok(())
 }
