@@ -14,7 +14,7 @@ pub(crate) use dump::dump;
 pub(crate) use memory::{Options as MemoryOptions, memory};
 
 use crate::cluster::target;
-use crate::command::{as_root, cargo, output, repository, run};
+use crate::command::{as_root, cargo, output, repository, run, shown};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::fs;
@@ -53,13 +53,20 @@ impl Bench {
 
     /// Runs `ckpt --json`; gives its document and the time it took.
     fn ckpt(&self, arguments: &[&str]) -> Result<(Value, Duration)> {
+        self.ckpt_with_warnings(arguments).map(|(document, took, _)| (document, took))
+    }
+
+    /// The same, and what it wrote to standard error.
+    fn ckpt_with_warnings(&self, arguments: &[&str]) -> Result<(Value, Duration, String)> {
         let mut command =
             as_root(target().join("release/ckpt").to_str().context("path of the build folder")?);
         command.arg("--json").arg("--store").arg(self.folder.join("store")).args(arguments);
         let start = Instant::now();
-        let text = output(command.stdin(Stdio::null()))?;
+        let output = command.stdin(Stdio::null()).output().context("cannot start ckpt")?;
         let took = start.elapsed();
-        Ok((serde_json::from_str(&text).with_context(|| format!("output of ckpt: {text}"))?, took))
+        let warnings = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{}: {}\n{warnings}", shown(&command), output.status);
+        Ok((serde_json::from_slice(&output.stdout).context("output of ckpt")?, took, warnings))
     }
 }
 

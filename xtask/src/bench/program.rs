@@ -3,8 +3,11 @@
 
 use super::{Bench, Job, median, wait};
 use anyhow::{Context, Result, ensure};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 use std::fs::{File, OpenOptions};
+use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -88,9 +91,18 @@ impl Writer {
         self.mib << 8
     }
 
+    /// Reads its memory. Unlike /proc/PID/mem this waits for pages that follow in a lazy restore.
+    pub(super) fn read(&self, at: u64, into: &mut [u8]) -> Result<()> {
+        let (pid, len) = (Pid::from_raw(self.job.pid as i32), into.len());
+        let from = RemoteIoVec { base: at as usize, len };
+        let read = process_vm_readv(pid, &mut [IoSliceMut::new(into)], &[from]);
+        ensure!(read.context("reading the writer's memory")? == len, "the writer's memory is not all there");
+        Ok(())
+    }
+
     fn word(&self, field: u64) -> Result<u64> {
         let mut bytes = [0; 8];
-        self.file.read_exact_at(&mut bytes, self.board + field).context("reading the writer's board")?;
+        self.read(self.board + field, &mut bytes)?;
         Ok(u64::from_ne_bytes(bytes))
     }
 
@@ -112,8 +124,11 @@ impl Writer {
         };
         self.orders += 1;
         let words = [what, argument].map(u64::to_ne_bytes).concat();
-        self.file.write_all_at(&words, self.board + ORDER)?;
-        self.file.write_all_at(&self.orders.to_ne_bytes(), self.board + NUMBER)?;
+        let write = |field, bytes: &[u8]| {
+            self.file.write_all_at(bytes, self.board + field).context("giving the writer an order")
+        };
+        write(ORDER, &words)?;
+        write(NUMBER, &self.orders.to_ne_bytes())?;
         wait("the writer has done what it was told", || {
             self.word(DONE).is_ok_and(|done| done == self.orders)
         })?;
@@ -127,7 +142,7 @@ impl Writer {
         let (first, last) = (index(from), index(to));
         ensure!(first < last && last < 1 << 20, "the writer has no notes of that time");
         let mut bytes = vec![0; ((last - first) * 8) as usize];
-        self.file.read_exact_at(&mut bytes, self.board + SAMPLES + first * 8)?;
+        self.read(self.board + SAMPLES + first * 8, &mut bytes)?;
         let number = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("four bytes"));
         let samples = bytes.chunks_exact(8).map(|s| Sample { work: number(&s[..4]), gap: number(&s[4..]) });
         Ok(Window { samples: samples.collect() })
@@ -147,7 +162,7 @@ fn text_of(path: &std::path::Path) -> Option<String> {
 
 fn memory(pid: u32) -> Result<File> {
     let path = format!("/proc/{pid}/mem");
-    OpenOptions::new().read(true).write(true).open(&path).with_context(|| format!("opening {path}"))
+    OpenOptions::new().write(true).open(&path).with_context(|| format!("opening {path}"))
 }
 
 /// The clock of the writer.

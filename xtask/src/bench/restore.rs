@@ -43,8 +43,7 @@ impl Run {
                 let (lazy, first) = (median(lazies), median(firsts));
                 self.report.row(format!("reading the raw bytes, {name}"), &[("ms", read), ("x", 1.0)]);
                 self.report.row(format!("restore, {name}"), &[("ms", full), ("x", full / read)]);
-                self.report
-                    .row(format!("restore --lazy, {name}"), &[("ms", lazy), ("first instr. ms", first)]);
+                self.report.row(format!("restore --lazy, {name}"), &[("ms", lazy), ("to first ms", first)]);
                 if cold {
                     let what = format!("restore, {mib} MiB, cold, of reading the raw bytes");
                     self.report.target(what, 1.5, full / read, "x");

@@ -4,11 +4,9 @@ use super::program::{Cost, Order, Writer, now};
 use super::{Bench, is_there, ms, wait};
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs;
-use std::io::IoSliceMut;
 use std::time::Duration;
 
 /// An undisturbed time before each measurement.
@@ -62,6 +60,8 @@ pub(super) struct Taken {
     pub(super) took: f64,
     /// The pause in ckpt's own words, ms.
     pub(super) frozen: f64,
+    /// Old content was lost, and the dump began again with `stop`.
+    pub(super) fell_back: bool,
 }
 
 impl Bench {
@@ -77,10 +77,13 @@ impl Bench {
         let before = now();
         std::thread::sleep(UNDISTURBED);
         let start = now();
-        let mut frozen = 0.0;
+        let (mut frozen, mut fell_back) = (0.0, false);
         match way {
             Way::Ckpt(cow) => {
-                let (document, _) = self.dump(writer, "writer", &["--cow", cow])?;
+                let pid = writer.job.pid.to_string();
+                let arguments = ["dump", "--pid", &pid, "--name", "writer", "--cow", cow];
+                let (document, _, warnings) = self.ckpt_with_warnings(&arguments)?;
+                fell_back = warnings.contains("trying again");
                 frozen = document["paused_us"].as_f64().context("no pause")? / 1e3;
             }
             Way::Frozen => {
@@ -100,7 +103,7 @@ impl Bench {
         std::thread::sleep(SETTLES);
         let mut cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
         cost.pause = writer.window(start, now())?.gap();
-        Ok(Taken { cost, took: ms(end - start), frozen })
+        Ok(Taken { cost, took: ms(end - start), frozen, fell_back })
     }
 }
 
@@ -117,9 +120,7 @@ fn frozen_copy(writer: &Writer, copy: &mut [u8]) -> Result<()> {
 pub(super) fn read_all(writer: &Writer, copy: &mut [u8]) -> Result<()> {
     let base = writer.address()? as usize;
     for (number, piece) in copy.chunks_mut(PIECE).enumerate() {
-        let from = RemoteIoVec { base: base + number * PIECE, len: piece.len() };
-        process_vm_readv(Pid::from_raw(writer.job.pid as i32), &mut [IoSliceMut::new(piece)], &[from])
-            .context("reading the writer's memory")?;
+        writer.read((base + number * PIECE) as u64, piece)?;
     }
     Ok(())
 }
