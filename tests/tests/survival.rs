@@ -102,10 +102,16 @@ fn killed_at_random_instants() -> Result<()> {
             "after {number} kills its threads are {states}; seed {first}"
         );
     }
-    // What a killed one has left in the process goes with the next dump.
-    job.dump(false)?;
+    // What a killed one has left in the process goes with the next dump, one such thing with each.
+    let now = || anyhow::Ok((strange_mappings(job.pid())?, descriptors(job.pid())?));
+    for _ in 0..20 {
+        job.dump(false)?;
+        if now()? == before {
+            break;
+        }
+    }
     ensure!(job.is_running(), "it ended: {}", job.output()?);
-    let after = (strange_mappings(job.pid())?, descriptors(job.pid())?);
+    let after = now()?;
     ensure!(after == before, "{after:?} mappings and descriptors instead of {before:?}");
     job.signal(libc::SIGUSR1)?;
     job.wait()?;
