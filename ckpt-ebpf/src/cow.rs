@@ -103,13 +103,15 @@ fn process(control: *const CowControl) -> Option<u64> {
     let mut info = bpf_pidns_info { pid: 0, tgid: 0 };
     for number in 0..COW_MAX_NAMESPACES {
         // SAFETY: a map value that does not change while programs use it.
-        let (device, inode) = unsafe { ((*control).namespaces[number].device, (*control).namespaces[number].inode) };
+        let (device, inode) =
+            unsafe { ((*control).namespaces[number].device, (*control).namespaces[number].inode) };
         if inode == 0 {
             return None;
         }
         // SAFETY: the structure has the stated size and lives through the call.
-        let result =
-            unsafe { bpf_get_ns_current_pid_tgid(device, inode, &raw mut info, size_of::<bpf_pidns_info>() as u32) };
+        let result = unsafe {
+            bpf_get_ns_current_pid_tgid(device, inode, &raw mut info, size_of::<bpf_pidns_info>() as u32)
+        };
         if result == 0 {
             return Some((number as u64) << 32 | u64::from(info.tgid));
         }
