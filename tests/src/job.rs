@@ -5,7 +5,8 @@ use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -18,6 +19,8 @@ pub struct Job {
     directory: TempDir,
     name: String,
     pid: i32,
+    /// How the process that was started has ended.
+    status: Arc<OnceLock<ExitStatus>>,
 }
 
 impl Job {
@@ -27,6 +30,7 @@ impl Job {
             directory: TempDir::with_prefix(format!("ckpt-test-{name}-"))?,
             name: name.to_owned(),
             pid: 0,
+            status: Arc::default(),
         })
     }
 
@@ -79,7 +83,9 @@ impl Job {
         let mut child = start.spawn().with_context(|| format!("starting {command:?}"))?;
         self.pid = child.id() as i32;
         // Reaped at once, whenever it ends: its PID must be free for the restored process.
-        std::thread::spawn(move || child.wait());
+        self.status = Arc::default();
+        let status = Arc::clone(&self.status);
+        std::thread::spawn(move || child.wait().map(|ended| status.set(ended)));
         Ok(())
     }
 
@@ -168,6 +174,11 @@ impl Job {
     /// Waits for the end of the first process.
     pub fn wait(&self) -> Result<()> {
         self.until("the job has ended", || Ok(!self.is_running()))
+    }
+
+    /// How the process that was started has ended, if it has; nothing is known of a restored one.
+    pub fn status(&self) -> String {
+        self.status.get().map_or_else(|| "not ended".to_owned(), ToString::to_string)
     }
 
     /// Sends a signal to the first process.

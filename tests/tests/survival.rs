@@ -96,7 +96,7 @@ fn killed_at_random_instants() -> Result<()> {
             std::thread::sleep(Duration::from_millis(1));
         }
         let states = states(job.pid())
-            .with_context(|| format!("the job ended after {number} kills: {:?}", job.output()))?;
+            .with_context(|| format!("after {number} kills: {}, {:?}", job.status(), job.output()))?;
         ensure!(
             !states.contains(['T', 't', 'Z', 'X']),
             "after {number} kills its threads are {states}; seed {first}"
@@ -116,7 +116,26 @@ fn killed_at_random_instants() -> Result<()> {
     job.signal(libc::SIGUSR1)?;
     job.wait()?;
     let output = job.output()?;
-    ensure!(output.ends_with("pass\n"), "{output}");
+    ensure!(output.ends_with("pass\n"), "{}: {output}", job.status());
+    Ok(())
+}
+
+/// What a killed one has left goes with the next dump, but not before every thread has come out of it.
+#[test]
+fn memory_left_behind_is_removed() -> Result<()> {
+    let mut job = Job::new("leftover")?;
+    let program = job.build("leftover")?;
+    job.start(&[&program])?;
+    job.until_output("inside")?;
+    ensure!(strange_mappings(job.pid())? == 1, "the workload has no such memory");
+    job.dump(false)?;
+    ensure!(job.output()?.contains("outside"), "it was dumped while it was inside: {}", job.output()?);
+    ensure!(strange_mappings(job.pid())? == 0, "the memory is still there");
+    job.cycle()?;
+    job.signal(libc::SIGUSR1)?;
+    job.wait()?;
+    let output = job.output()?;
+    ensure!(output.ends_with("pass\n"), "{}: {output}", job.status());
     Ok(())
 }
 

@@ -50,6 +50,7 @@ int main(void)
 {
     int status;
 
+    only_main_waits();
     CHECK(pipe(hold) == 0);
     heap = mmap((void *)0x200000000000, (size_t)PAGES * PAGE, PROT_READ | PROT_WRITE,
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);

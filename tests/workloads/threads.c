@@ -109,6 +109,7 @@ int main(int argc, char **argv)
     pthread_t threads[THREADS];
     struct sigaction action = { .sa_sigaction = on_usr2, .sa_flags = SA_SIGINFO | SA_ONSTACK };
 
+    only_main_waits();
     CHECK(sigaction(SIGRTMIN, &action, NULL) == 0);
     pthread_barrier_init(&barrier, NULL, (unsigned)count + 1);
     for (int i = 0; i < count; i++)

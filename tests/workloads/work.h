@@ -22,6 +22,16 @@
         printf(" (errno %d %s)\n", errno, strerror(errno)); fflush(stdout); _exit(1); } while (0)
 #define CHECK(condition) do { if (!(condition)) FAIL("%s", #condition); } while (0)
 
+/* To be called before there are threads: the signal that ready() waits for must not end a thread that does not wait. */
+static inline void only_main_waits(void)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    CHECK(sigprocmask(SIG_BLOCK, &set, NULL) == 0);
+}
+
 /* Says that the state is set up, and waits until the test has dumped, killed and restored us. */
 static inline void ready(void)
 {

@@ -24,6 +24,9 @@ pub struct Arena {
 impl Arena {
     /// Size for the batches of a capture.
     pub const SMALL: u64 = 128 * 1024;
+    /// Where that of a capture is, if the process has nothing there: "ckpt" in ASCII. So it is known as ours from the
+    /// moment it is mapped, whenever ckpt is killed.
+    pub const PLACE: u64 = 0x636b_7074_0000;
     /// Size for the batches of a rebuild.
     pub const LARGE: u64 = 2 * 1024 * 1024;
 
@@ -33,17 +36,22 @@ impl Arena {
             .map_err(TraceeError::request("writing the batch code", pid))
     }
 
-    /// One that a ckpt has left in the process that was killed while it was there.
+    /// One that a ckpt has left in the process that was killed while it was there. It is at [`Self::PLACE`], or its
+    /// code tells.
     pub fn left_in(pid: i32, maps: &Maps) -> Option<Self> {
         let code = batch_code::bytes();
         let mut there = vec![0; code.len()];
         let like_ours =
             |map: &&Map| map.size() == Self::SMALL && map.prot == 7 && !map.shared && map.inode == 0;
-        let left = maps
-            .iter()
-            .filter(like_ours)
-            .find(|map| memory::read(pid, map.start, &mut there).is_ok() && there == code);
+        let left = maps.iter().filter(like_ours).find(|map| {
+            map.start == Self::PLACE || memory::read(pid, map.start, &mut there).is_ok() && there == code
+        });
         left.map(|map| Self { base: map.start, len: Self::SMALL })
+    }
+
+    /// Is this address in the arena of a capture? Where [`Self::PLACE`] was not free nothing is known.
+    pub fn has(address: u64) -> bool {
+        (Self::PLACE..Self::PLACE + Self::SMALL).contains(&address)
     }
 
     /// First address behind.

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a thread that waits in vfork(2) is given before everything is thawed and tried again.
 const VFORK_PATIENCE: Duration = Duration::from_millis(20);
-const VFORK_TRIES: usize = 200;
+/// How often a freeze is tried where something passes by itself, and the time everything runs in between.
+const RETRIES: usize = 500;
+const BETWEEN_TRIES: Duration = Duration::from_millis(2);
 
 const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACECLONE
@@ -58,18 +60,25 @@ impl Frozen {
         loop {
             let mut freezer = Freezer::default();
             match freezer.freeze(pids) {
-                Ok(()) => return Ok(freezer.frozen),
-                Err(TraceeError::Stuck { .. }) if tries < VFORK_TRIES && freezer.waits_in_vfork() => {
+                Ok(()) => match freezer.stands_in_arena() {
+                    None => return Ok(freezer.frozen),
+                    Some(_) if tries < RETRIES => {}
+                    Some(tid) => {
+                        let place = "a batch of a ckpt that was killed".to_owned();
+                        return Err(TraceeError::Stuck { tid, seconds: 0, place });
+                    }
+                },
+                Err(TraceeError::Stuck { .. }) if tries < RETRIES && freezer.waits_in_vfork() => {
                     freezer.abandon_stopping();
-                    drop(freezer);
-                    tries += 1;
-                    std::thread::sleep(Duration::from_millis(2));
                 }
                 Err(error) => {
                     freezer.abandon_stopping();
                     return Err(error);
                 }
             }
+            drop(freezer);
+            tries += 1;
+            std::thread::sleep(BETWEEN_TRIES);
         }
     }
 
@@ -236,6 +245,13 @@ impl Freezer {
             let number = call.split(' ').next().and_then(|n| n.parse::<i64>().ok());
             state == 'D' && [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].map(Some).contains(&number)
         })
+    }
+
+    /// A thread that has not come out of a batch yet since the ckpt that had it run was killed: what we would take for
+    /// its registers would be the batch's.
+    fn stands_in_arena(&self) -> Option<i32> {
+        let mut threads = self.frozen.processes.values().flat_map(|process| &process.threads);
+        threads.find(|thread| Arena::has(thread.regs().rip)).map(|thread| thread.tid)
     }
 
     /// Lets threads go that never reached a stop: they must stop once to be detached.

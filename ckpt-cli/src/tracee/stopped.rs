@@ -122,7 +122,7 @@ impl Stopped {
     ///
     /// `scratch` is an address at which [`Self::healing_size`] bytes of the program's stack are unused.
     pub fn map_arena(&mut self, pieces: &Pieces, scratch: Option<u64>, len: u64) -> Result<Arena> {
-        let args = [0, len, 7, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64, u64::MAX, 0];
+        let args = [Arena::PLACE, len, 7, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64, u64::MAX, 0];
         let base = self.single_call("mapping the arena", pieces, scratch, libc::SYS_mmap, args)? as u64;
         let arena = Arena { base, len };
         arena.install(self.pid)?;
