@@ -23,8 +23,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-/// How long one look may stop the job before the cut.
-const LOOK: Duration = Duration::from_millis(4);
+/// How long one look may stop the job before the cut, and what must be done behind it.
+pub(super) const LOOK: Duration = Duration::from_millis(4);
 /// Most rounds of copying before the cut.
 const ROUNDS: usize = 8;
 /// A round is worth it if the list shrinks to less than this part of it, in per cent.

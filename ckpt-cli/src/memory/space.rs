@@ -162,15 +162,14 @@ impl Space {
             return Ok(false);
         }
         let from = self.resume.unwrap_or(0);
-        for window in tracker::windows(&self.maps, WINDOW) {
-            let (Some(tracker), true) = (&mut self.tracker, window.end > from) else { continue };
-            let window = window.start.max(from)..window.end;
-            self.resume = Some(window.end);
-            let scan = tracker.scan(&self.pagemap, &self.maps, window)?;
-            self.lists.written(&scan.written);
-            if Instant::now() > deadline {
-                return Ok(false);
-            }
+        let Some(tracker) = &mut self.tracker else { return Ok(true) };
+        let windows = tracker::windows(&self.maps, WINDOW).into_iter().filter(|window| window.end > from);
+        let windows: Vec<_> = windows.map(|window| window.start.max(from)..window.end).collect();
+        let (scan, done) = tracker.scan(&self.pagemap, &self.maps, &windows, Some(deadline))?;
+        self.lists.written(&scan.written);
+        if done < windows.len() {
+            self.resume = windows[..done].last().map(|window| window.end).or(self.resume);
+            return Ok(false);
         }
         self.resume = None;
         Ok(true)
@@ -184,7 +183,7 @@ impl Space {
         self.prepare(frozen, finder, None)?;
         self.maps.clone_from(maps);
         let Scan { own, written } = match &mut self.tracker {
-            Some(tracker) => tracker.scan(&self.pagemap, maps, tracker::all(maps))?,
+            Some(tracker) => tracker.scan(&self.pagemap, maps, &tracker::windows(maps, WINDOW), None)?.0,
             None => tracker::look(&self.pagemap, maps)?,
         };
         self.started = started(self.pid)?;

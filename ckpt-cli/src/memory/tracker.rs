@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Private pages with content of their own: not the file's, not the shared zero page.
@@ -35,6 +36,11 @@ const OWN: Query = Query {
 /// The same where no file is mapped. Whether a page is a file's the kernel looks up in its `struct page`, which
 /// costs more than the rest of the walk.
 const OWN_ANONYMOUS: Query = Query { inverted: category::ZERO, all: category::ZERO, ..OWN };
+
+/// More threads than this do not walk faster.
+const THREADS: usize = 4;
+/// Windows of addresses that are worth a thread.
+const PER_THREAD: usize = 4;
 
 /// Anonymous mappings from this size on are looked at by themselves.
 const LARGE: u64 = 1 << 20;
@@ -109,31 +115,46 @@ impl Tracker {
         Registered::All
     }
 
-    /// Looks at the private memory in a range of addresses. Written pages are protected again: the process must be
-    /// stopped.
+    /// Looks at the private memory in some ranges of addresses, in their order, until `deadline`; gives how many it has
+    /// come through. Written pages are protected again: the process must be stopped.
     ///
     /// # Errors
     /// The process is gone.
-    pub fn scan(&mut self, pagemap: &File, maps: &[Map], range: Range<u64>) -> Result<Scan> {
-        let mut seen = Seen::default();
-        let mut strange = PageSet::default();
-        for (Range { start, end }, own) in walks(maps, &range) {
-            pagemap::scan_and_protect(pagemap.as_fd(), start, end, own.and(category::WPALLOWED), |region| {
-                seen.note(region, region.categories & category::WRITTEN != 0);
-            })
-            .context("listing the pages that were written")?;
-            pagemap::scan(pagemap.as_fd(), start, end, own.but_not(category::WPALLOWED), |region| {
-                strange.push_addresses(region.start, region.end);
-                seen.note(region, true);
-            })
-            .context("listing the pages that are not tracked")?;
-        }
+    pub fn scan(
+        &mut self,
+        pagemap: &File,
+        maps: &[Map],
+        windows: &[Range<u64>],
+        deadline: Option<Instant>,
+    ) -> Result<(Scan, usize)> {
+        // The job is stopped, so there are processors.
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.min(THREADS).min(windows.len() / PER_THREAD).max(1);
+        let next = AtomicUsize::new(0);
+        let walk = || {
+            let mut seen = Seen::default();
+            // At least one, or there would be no end.
+            while seen.walks == 0 || deadline.is_none_or(|deadline| Instant::now() < deadline) {
+                let Some(window) = windows.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                seen.walk(pagemap, maps, window)?;
+            }
+            anyhow::Ok(seen)
+        };
+        let mut seen = std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(walk)).collect();
+            let mut all = walk()?;
+            for other in others {
+                all.append(other.join().map_err(|_| anyhow::anyhow!("a thread that looks at memory panicked"))??);
+            }
+            anyhow::Ok(all)
+        })?;
+        let strange: PageSet = std::mem::take(&mut seen.strange).into_iter().collect();
         if !strange.is_empty() {
             // Mapped anew since they were registered: once more before the next look.
             let size = PAGE_SIZE as u64;
             self.known.retain(|(start, end)| strange.within(start / size..end / size).is_empty());
         }
-        seen.scan(pagemap, maps)
+        Ok((seen.scan(pagemap, maps)?, next.into_inner().min(windows.len())))
     }
 }
 
@@ -250,11 +271,38 @@ struct Seen {
     own: Vec<Range<u64>>,
     written: Vec<Range<u64>>,
     swapped: Vec<Range<u64>>,
+    /// Not registered.
+    strange: Vec<Range<u64>>,
+    walks: usize,
 }
 
 impl Seen {
+    /// Looks at a range of addresses and protects what was written.
+    fn walk(&mut self, pagemap: &File, maps: &[Map], window: &Range<u64>) -> Result<()> {
+        self.walks += 1;
+        for (Range { start, end }, own) in walks(maps, window) {
+            pagemap::scan_and_protect(pagemap.as_fd(), start, end, own.and(category::WPALLOWED), |region| {
+                self.note(region, region.categories & category::WRITTEN != 0);
+            })
+            .context("listing the pages that were written")?;
+            pagemap::scan(pagemap.as_fd(), start, end, own.but_not(category::WPALLOWED), |region| {
+                self.strange.push(page_numbers(region));
+                self.note(region, true);
+            })
+            .context("listing the pages that are not tracked")?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, mut other: Self) {
+        self.own.append(&mut other.own);
+        self.written.append(&mut other.written);
+        self.swapped.append(&mut other.swapped);
+        self.strange.append(&mut other.strange);
+    }
+
     fn note(&mut self, region: Region, written: bool) {
-        let pages = region.start / PAGE_SIZE as u64..region.end / PAGE_SIZE as u64;
+        let pages = page_numbers(region);
         if written {
             self.written.push(pages.clone());
         }
@@ -295,6 +343,10 @@ fn dropped(pagemap: &File, swapped: &PageSet) -> Result<PageSet> {
 /// Memory that belongs to this address space alone.
 pub fn is_private(map: &Map) -> bool {
     !map.shared && !map.by_kernel()
+}
+
+fn page_numbers(region: Region) -> Range<u64> {
+    region.start / PAGE_SIZE as u64..region.end / PAGE_SIZE as u64
 }
 
 /// Page numbers of a mapping.

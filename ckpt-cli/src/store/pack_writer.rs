@@ -11,6 +11,7 @@ use super::{
     pack_file::{FinishedPack, PackFile},
     page_table::{Pack, Stored},
 };
+use crate::sys::task;
 use ckpt_common::image::{
     Digest,
     pack::{CHUNK_SIZE, ChunkEntry, Encoding},
@@ -87,10 +88,15 @@ impl PackWriter {
         let compressors = (0..threads)
             .map(|_| {
                 let (full, packed, spare) = (full_out.clone(), packed_in.clone(), spare_out.clone());
-                thread::spawn(move || compress_chunks(&full, &packed, &spare, compress))
+                thread::spawn(move || {
+                    // The job computes meanwhile.
+                    task::step_back();
+                    compress_chunks(&full, &packed, &spare, compress);
+                })
             })
             .collect();
         let write = move || {
+            task::step_back();
             let known = base
                 .as_ref()
                 .map_or_else(|| Ok(Known::default()), |base| Known::of(&base.part, &base.left_behind));

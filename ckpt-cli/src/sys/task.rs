@@ -79,6 +79,13 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     set_limit(0, libc::RLIMIT_NOFILE, hard, hard)
 }
 
+/// Lets others run before the calling thread from now on (nice 10, setpriority(2)): about a tenth of a processor that
+/// a job wants, too, all of one that nobody wants.
+pub fn step_back() {
+    // SAFETY: plain numbers; 0 is the calling thread. It cannot fail: that needs no right.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+}
+
 /// Nice value of the calling thread, for as long as this lives lowered to the lowest: it runs before others.
 #[derive(Debug)]
 pub struct Urgent(i32);

@@ -20,6 +20,8 @@ use std::sync::atomic::Ordering;
 
 /// Slots: 32 to 512 MiB of old content on its way.
 const SLOTS: std::ops::RangeInclusive<u64> = 8192..=131_072;
+/// Slots that are emptied before something else is done: 4 MiB.
+const AT_A_TIME: u64 = 1024;
 /// Most pages that can be guarded: 256 GiB.
 const MOST_PAGES: u64 = 1 << 26;
 /// Gaps between listed pages up to this size are put into one region.
@@ -166,10 +168,17 @@ impl Loaded {
         Ok(guarded)
     }
 
-    fn deliver(&mut self, sink: Sink<'_>) -> Result<()> {
+    /// Slots that are full, from and to.
+    fn full(&self) -> std::ops::Range<u64> {
         let (taken, emptied) = self.control.progress();
-        let (end, mut at) = (taken.load(Ordering::Acquire), emptied.load(Ordering::Relaxed));
-        ensure!(end - at <= self.slots.len() as u64, "slots were taken that are not free");
+        emptied.load(Ordering::Relaxed)..taken.load(Ordering::Acquire)
+    }
+
+    fn deliver(&mut self, sink: Sink<'_>) -> Result<bool> {
+        let (_, emptied) = self.control.progress();
+        let full = self.full();
+        ensure!(full.end - full.start <= self.slots.len() as u64, "slots were taken that are not free");
+        let (mut at, end) = (full.start, full.end.min(full.start + AT_A_TIME));
         while at < end {
             let slot = (at % self.slots.len() as u64) as usize;
             let owner = self.owners.word(slot);
@@ -189,7 +198,7 @@ impl Loaded {
             at += 1;
             emptied.store(at, Ordering::Release);
         }
-        Ok(())
+        Ok(end < full.end)
     }
 
     fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet {
@@ -231,8 +240,16 @@ impl Guard for BpfGuard {
         self.0.as_mut().map_or(Ok(BTreeMap::new()), |loaded| loaded.begin(spaces))
     }
 
-    fn deliver(&mut self, _: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<()> {
-        self.0.as_mut().map_or(Ok(()), |loaded| loaded.deliver(sink))
+    fn deliver(&mut self, _: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<bool> {
+        self.0.as_mut().map_or(Ok(false), |loaded| loaded.deliver(sink))
+    }
+
+    fn is_crowded(&self) -> bool {
+        let crowded = |loaded: &Loaded| {
+            let full = loaded.full();
+            full.end - full.start > loaded.slots.len() as u64 / 2
+        };
+        self.0.as_ref().is_some_and(crowded)
     }
 
     fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet {

@@ -10,7 +10,7 @@
 mod bpf;
 mod uffd;
 
-use super::dump::pieces;
+use super::dump::{LOOK, pieces};
 use super::page_set::PageSet;
 use super::space::Space;
 use super::staging::Staging;
@@ -23,6 +23,7 @@ use ckpt_common::image::PAGE_SIZE;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::time::Instant;
 
 /// Bytes that are copied between two looks at what the guard has saved.
 const BATCH: u64 = 512 << 10;
@@ -67,8 +68,12 @@ trait Guard: fmt::Debug {
     /// Begins; the processes are stopped. Gives the pages that are guarded: what is not must be copied now.
     fn begin(&mut self, spaces: &[&Space]) -> Result<BTreeMap<i32, PageSet>>;
 
-    /// Hands over the old content that it has saved so far; lets programs go on that wait for that.
-    fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<()>;
+    /// Hands over some of the old content that it has saved so far; lets programs go on that wait for that. Is there
+    /// more?
+    fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<bool>;
+
+    /// Has it little room left for old content? Then the job must wait until some was handed over.
+    fn is_crowded(&self) -> bool;
 
     /// Which of these pages are still on the list: of the others it has saved the old content.
     fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet;
@@ -172,9 +177,11 @@ impl Cow {
                 let all = copied.entry(*pid).or_default();
                 intact.ranges().iter().for_each(|range| all.push(range.clone()));
                 delivered.take(&mut *self.guard, spaces, staging)?;
+                delivered.catch_up(&mut *self.guard, spaces, staging, pids)?;
             }
         }
-        delivered.take(&mut *self.guard, spaces, staging)?;
+        // Nothing is on the list any more, so nothing is added.
+        while delivered.take(&mut *self.guard, spaces, staging)? {}
         for (pid, pages) in &self.guarded {
             let saved = delivered.0.remove(pid).unwrap_or_default().into_iter().collect::<PageSet>();
             let lost = pages.difference(&copied.remove(pid).unwrap_or_default()).difference(&saved);
@@ -200,13 +207,34 @@ impl Cow {
 struct Delivered(BTreeMap<i32, Vec<Range<u64>>>);
 
 impl Delivered {
-    /// Takes what the guard has saved since.
+    /// Where the job overruns its guard, it waits, for a few milliseconds at a time.
+    fn catch_up(
+        &mut self,
+        guard: &mut dyn Guard,
+        spaces: &BTreeMap<i32, Space>,
+        staging: &mut Staging,
+        pids: &[i32],
+    ) -> Result<()> {
+        while guard.is_crowded() {
+            let frozen = Frozen::freeze(pids).context("stopping the job until old content is taken")?;
+            let start = Instant::now();
+            let mut more = Ok(true);
+            while start.elapsed() < LOOK && matches!(more, Ok(true)) {
+                more = self.take(guard, spaces, staging);
+            }
+            frozen.thaw().context("letting the job run on")?;
+            more?;
+        }
+        Ok(())
+    }
+
+    /// Takes of what the guard has saved since. Is there more?
     fn take(
         &mut self,
         guard: &mut dyn Guard,
         spaces: &BTreeMap<i32, Space>,
         staging: &mut Staging,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         guard.deliver(spaces, &mut |pid, page, content| {
             let space = spaces.get(&pid).context("pages of an unknown process")?;
             self.0.entry(pid).or_default().push(page..page + (content.len() / PAGE_SIZE) as u64);

@@ -128,7 +128,7 @@ impl Guard for UffdGuard {
         Ok(all)
     }
 
-    fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<()> {
+    fn deliver(&mut self, spaces: &BTreeMap<i32, Space>, sink: Sink<'_>) -> Result<bool> {
         let mut content = vec![0; AROUND as usize * PAGE_SIZE];
         for (pid, guarded) in &mut self.processes {
             let Some((space, asking)) = spaces.get(pid).and_then(|space| Some((space, space.asking()?)))
@@ -175,7 +175,12 @@ impl Guard for UffdGuard {
                 }
             }
         }
-        Ok(())
+        Ok(false)
+    }
+
+    fn is_crowded(&self) -> bool {
+        // The program waits for us at each write.
+        false
     }
 
     fn waiting(&self, pid: i32, pages: &PageSet) -> PageSet {
