@@ -106,9 +106,15 @@ pub fn compare(job: &Job, references: &Path, what: &str) -> Result<()> {
 
 /// Takes a checkpoint with a copy of the memory at its cut in the job's directory `references`, and compares the two.
 pub fn dump_and_compare(job: &Job, way: &str, pause: &str, what: &str) -> Result<()> {
+    dump_with(job, way, pause, what, &[])
+}
+
+/// The same, with variables in the environment.
+pub fn dump_with(job: &Job, way: &str, pause: &str, what: &str, variables: &[(&str, &str)]) -> Result<()> {
     let (pid, references) = (job.pid().to_string(), job.path("references"));
     let arguments = ["dump", "--pid", &pid, "--name", job.name(), "--cow", way, "--max-pause", pause];
-    job.ok_with(&arguments, &[("CKPT_REFERENCE", &references.display().to_string())])
+    let path = references.display().to_string();
+    job.ok_with(&arguments, &[variables, &[("CKPT_REFERENCE", &path)]].concat())
         .with_context(|| what.to_owned())?;
     compare(job, &references, what)
 }

@@ -40,6 +40,30 @@ fn old_content_kept_by_bpf() -> Result<()> {
     way("bpf")
 }
 
+/// More is written after the cut than there is room for: the job waits, and nothing is lost.
+#[test]
+fn a_job_that_overruns_its_guard_waits() -> Result<()> {
+    let mut job = Job::new("writers")?;
+    let program = job.build("writers")?;
+    fs::create_dir(job.path("references"))?;
+    job.start(&[&program, "sequential", "4", "256", "small"])?;
+    job.until_output("ready")?;
+    for number in 1..=8 {
+        let few = [("CKPT_FAULT_FEW_SLOTS", "1")];
+        proof::dump_with(&job, "bpf", "0s", &format!("checkpoint {number}"), &few)?;
+        let phases = job.ok(&["show", job.name(), "--phases"])?;
+        ensure!(
+            phases.contains("copy before write"),
+            "checkpoint {number} was made in another way: {phases}"
+        );
+        if phases.contains("held back") {
+            ensure!(job.is_running(), "{}", job.output()?);
+            return Ok(());
+        }
+    }
+    anyhow::bail!("it did not overrun its guard in any checkpoint")
+}
+
 #[test]
 fn old_content_kept_by_userfaultfd() -> Result<()> {
     way("uffd")

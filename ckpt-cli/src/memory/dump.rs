@@ -1,34 +1,31 @@
 //! The memory of a node's processes through the steps of a dump.
 //!
-//! 1. *Early* ([`MemoryDump::save_early`]): the job runs. What was modified is copied, and what was written meanwhile
-//!    again, as long as the list shrinks. Only the looks at the page tables stop the job, each for a few milliseconds.
+//! 1. *Early* ([`MemoryDump::save_early`], in `early`): the job runs, and what was modified is copied.
 //! 2. *Cut* ([`MemoryDump::cut`], [`MemoryDump::copy_in_cut`]): the job is frozen. The current commit lists become the
 //!    previous ones; if they fit the budget they are copied.
 //! 3. *After*: the job runs. What was not copied is, copy before write ([`super::cow`]).
 //! 4. *Save* ([`MemoryDump::save`]): copies go to the store, which compresses and writes them.
 
+mod early;
+
 use super::cow::{Cow, Way};
 use super::page_set::PageSet;
 use super::space::{Space, Statistics};
 use super::staging::{Mark, Staging};
-use super::tracker::{self, Tracker};
+use super::tracker::Tracker;
 use crate::store::{PartReader, PartWriter};
-use crate::tracee::freeze::{Frozen, FrozenProcess};
+use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
 use crate::tracee::proc::{self, Maps};
 use anyhow::{Context as _, Result, ensure};
 use ckpt_common::image::manifest::PhaseTime;
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 /// How long one look may stop the job before the cut, and what must be done behind it.
 pub(super) const LOOK: Duration = Duration::from_millis(4);
-/// Most rounds of copying before the cut.
-const ROUNDS: usize = 8;
-/// A round is worth it if the list shrinks to less than this part of it, in per cent.
-const SHRINKS: u64 = 70;
 /// Bytes per second that are copied in the freeze, until it was measured.
 const RATE: f64 = 1e9;
 /// Memory made ready for the copies in the freeze, beside what they are expected to take.
@@ -144,73 +141,6 @@ impl MemoryDump {
         self.spaces.get_mut(&pid).context("it was just made")
     }
 
-    /// Copies what was modified while the job runs, until little is left or no headway is made.
-    pub fn save_early(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
-        self.pids = pids.to_vec();
-        // A way that was asked for by name must be there; what else there is takes time to find out.
-        if !self.options.stop && matches!(self.options.way, Way::Bpf | Way::Uffd) {
-            self.choose_guard()?;
-        }
-        let mut before = u64::MAX;
-        for _ in 0..ROUNDS {
-            self.look(pids)?;
-            let tracked = self.spaces.values().filter(|space| space.is_tracked());
-            let now: u64 = tracked.map(|space| space.lists.current().bytes()).sum();
-            let shrinks = now < before / 100 * SHRINKS;
-            if now <= self.budget() / 2 || (!shrinks && self.can_copy_before_write()) {
-                break;
-            }
-            self.copy_current(part)?;
-            if !shrinks {
-                break;
-            }
-            before = now;
-        }
-        if self.options.stop {
-            // It is copied piece by piece, when there is time.
-            return Ok(());
-        }
-        let listed = self.spaces.values().map(|space| space.lists.current().bytes()).sum::<u64>();
-        let budget = self.budget();
-        let ready = self.can_copy_before_write() && listed > budget / 2;
-        if ready && self.cow.is_none() {
-            self.choose_guard()?;
-        }
-        if let Some(cow) = self.cow.as_mut().filter(|_| ready) {
-            let start = Instant::now();
-            // What was not written in the last round may be before the cut.
-            let listed = self.spaces.values().map(|space| space.lists.modified().pages()).sum();
-            let pages = pids.iter().map(|pid| proc::private_bytes(*pid) / PAGE_SIZE as u64).sum();
-            cow.prepare(pages, listed)?;
-            self.took("guard", start);
-        }
-        self.staging.prepare(self.expected() + SPARE);
-        if ready {
-            // Making ready took its time. What was written meanwhile is listed now, or the freeze would do it.
-            self.copy_current(part)?;
-            self.look(pids)?;
-        }
-        Ok(())
-    }
-
-    /// Bytes that were modified since the base, or, where there is none, since they were copied ahead. The job runs,
-    /// and nothing is protected.
-    pub fn sample(&mut self, pids: &[i32]) -> Result<u64> {
-        let since_base = self.base.is_some();
-        let mut bytes = 0;
-        for pid in pids {
-            // One that has ended has nothing to save.
-            let Ok(space) = self.space(*pid) else { continue };
-            let (Ok(maps), tracked) = (proc::maps(*pid), space.is_tracked()) else { continue };
-            let Ok(seen) = tracker::peek(space.pagemap(), &maps) else { continue };
-            let listed = if since_base { space.lists.modified() } else { space.lists.current().clone() };
-            let modified =
-                if tracked { seen.written.union(&listed).intersection(&seen.own) } else { seen.own };
-            bytes += modified.bytes();
-        }
-        Ok(bytes)
-    }
-
     fn can_copy_before_write(&self) -> bool {
         !self.options.stop && self.options.way != Way::Stop
     }
@@ -231,79 +161,6 @@ impl MemoryDump {
         let listed = tracked.iter().map(|space| space.lists.current().bytes()).sum::<u64>() * 2;
         let most = if self.can_copy_before_write() { self.budget() } else { u64::MAX };
         listed.min(most) + untracked.iter().map(|space| proc::private_bytes(space.pid)).sum::<u64>()
-    }
-
-    /// Looks at all processes, in as many short freezes as it takes.
-    fn look(&mut self, pids: &[i32]) -> Result<()> {
-        // All of them may be more than one freeze has the time for.
-        let mut complete = BTreeSet::new();
-        loop {
-            let start = Instant::now();
-            let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
-            let looked = self.look_at(&mut frozen, &mut complete, Instant::now() + LOOK);
-            frozen.thaw().context("letting the job run on")?;
-            self.took("look", start);
-            if looked? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Looks at those that are not `complete` yet, until `deadline`; at one of them at least. Are all complete?
-    fn look_at(
-        &mut self,
-        frozen: &mut Frozen,
-        complete: &mut BTreeSet<i32>,
-        deadline: Instant,
-    ) -> Result<bool> {
-        let mut finder = std::mem::take(&mut self.finder);
-        let mut all = true;
-        for process in frozen.processes.values_mut().filter(|process| !process.threads.is_empty()) {
-            if complete.contains(&process.pid) {
-                continue;
-            }
-            let space = self.space(process.pid)?;
-            match space.look(process, &mut finder, deadline)? {
-                true => drop(complete.insert(process.pid)),
-                false => all = false,
-            }
-            if !all && Instant::now() > deadline {
-                break;
-            }
-        }
-        self.finder = finder;
-        Ok(all)
-    }
-
-    /// Copies the current lists of the running job, by as much at a time as there is room for.
-    fn copy_current(&mut self, part: &mut PartWriter) -> Result<()> {
-        let start = Instant::now();
-        let mut bytes = 0;
-        for space in self.spaces.values_mut().filter(|space| space.is_tracked()) {
-            let list = space.lists.current().clone();
-            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
-                if self.staging.room() < piece.bytes() {
-                    self.staging.save(part)?;
-                }
-                let wanted = space.origins(&piece);
-                let failed = self.staging.copy_some(&wanted)?;
-                let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
-                let copied: PageSet = wanted
-                    .iter()
-                    .flat_map(|wanted| &wanted.ranges)
-                    .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
-                    .collect();
-                let copied = copied.difference(&failed);
-                space.statistics.presaved += copied.bytes();
-                bytes += copied.bytes();
-                space.lists.save_early(&copied);
-            }
-        }
-        self.took("copy ahead", start);
-        if bytes > SPARE {
-            self.rate = bytes as f64 / start.elapsed().as_secs_f64();
-        }
-        Ok(())
     }
 
     /// The cut begins. What was begun before and did not come about is undone.
@@ -390,8 +247,12 @@ impl MemoryDump {
         if let Some(cow) = self.cow.take() {
             let start = Instant::now();
             if cow.is_guarding() {
-                cow.save(&mut self.spaces, &mut self.staging, part, &self.pids)?;
+                let held_back = cow.save(&mut self.spaces, &mut self.staging, part, &self.pids)?;
                 self.took("copy before write", start);
+                if !held_back.is_zero() {
+                    let us = held_back.as_micros() as u64;
+                    self.times.push(PhaseTime { phase: "held back".to_owned(), us });
+                }
             }
         }
         self.copy_frozen(part)?;

@@ -64,6 +64,8 @@ pub struct Space {
     maps: Maps,
     /// Where a look goes on that was broken off.
     resume: Option<u64>,
+    /// Ranges of addresses in the sample.
+    sampled: Vec<Range<u64>>,
 }
 
 impl Space {
@@ -91,6 +93,7 @@ impl Space {
             mem,
             maps: Maps::new(),
             resume: None,
+            sampled: Vec::new(),
         })
     }
 
@@ -173,6 +176,37 @@ impl Space {
         }
         self.resume = None;
         Ok(true)
+    }
+
+    /// Protects a sample of the stopped process's memory, as far as there is time until `deadline`.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn begin_sample(
+        &mut self,
+        frozen: &mut FrozenProcess,
+        finder: &mut Finder,
+        deadline: Instant,
+    ) -> Result<()> {
+        self.sampled.clear();
+        if !self.prepare(frozen, finder, Some(deadline))? {
+            return Ok(());
+        }
+        let Some(tracker) = &mut self.tracker else { return Ok(()) };
+        let mut windows = tracker::sample(&self.maps);
+        let (scan, done) = tracker.scan(&self.pagemap, &self.maps, &windows, Some(deadline))?;
+        windows.truncate(done);
+        self.sampled = windows;
+        self.lists.written(&scan.written);
+        Ok(())
+    }
+
+    /// How many pages the sample has, and how many were written since.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn look_at_sample(&self) -> Result<(u64, u64)> {
+        tracker::written(&self.pagemap, &self.maps, &self.sampled)
     }
 
     /// The cut: what was written joins the list that is to be saved.

@@ -28,6 +28,10 @@ const THREADS: usize = 4;
 /// Where it is less, no further thread is worth its start.
 const PER_THREAD: usize = 8 << 20;
 
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Where pages are copied from.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin<'a> {
@@ -181,7 +185,7 @@ impl Staging {
     /// # Errors
     /// A page that cannot be read.
     pub fn copy(&mut self, wanted: &[Wanted<'_>]) -> Result<()> {
-        let failed = self.copy_some(wanted)?;
+        let failed = self.copy_with(wanted, processors())?;
         match failed.first() {
             Some((id, page)) => {
                 let at = page * PAGE_SIZE as u64;
@@ -197,11 +201,16 @@ impl Staging {
     /// # Errors
     /// No memory.
     pub fn copy_some(&mut self, wanted: &[Wanted<'_>]) -> Result<Vec<(MemoryId, u64)>> {
+        // The job needs processors, too.
+        self.copy_with(wanted, processors() / 2)
+    }
+
+    fn copy_with(&mut self, wanted: &[Wanted<'_>], threads: usize) -> Result<Vec<(MemoryId, u64)>> {
         let mut copies = Vec::new();
         for Wanted { id, origin, ranges } in wanted {
             self.note(*id, *origin, ranges, &mut copies)?;
         }
-        let done = self.perform(&copies)?;
+        let done = self.perform(&copies, threads)?;
         let mut failed = Vec::new();
         for (copy, mut bad) in copies.iter().zip(done) {
             bad.sort_unstable();
@@ -259,8 +268,8 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies with several threads; gives for each copy the addresses of pages that could not be read.
-    fn perform(&mut self, copies: &[Copy<'_>]) -> Result<Vec<Vec<u64>>> {
+    /// Copies with up to so many threads; gives for each copy the addresses of pages that could not be read.
+    fn perform(&mut self, copies: &[Copy<'_>], threads: usize) -> Result<Vec<Vec<u64>>> {
         let bytes: usize = copies.iter().map(|copy| copy.len).sum();
         let mut work = Vec::with_capacity(copies.len());
         let mut rest = copies.iter().enumerate().peekable();
@@ -273,7 +282,6 @@ impl Staging {
                 work.push((number, copy, place));
             }
         }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.min(THREADS).min(bytes.div_ceil(PER_THREAD)).max(1);
         let work = Mutex::new(work.into_iter());
         let copy_all = || {

@@ -37,6 +37,8 @@ const OWN: Query = Query {
 /// costs more than the rest of the walk.
 const OWN_ANONYMOUS: Query = Query { inverted: category::ZERO, all: category::ZERO, ..OWN };
 
+/// Size of one piece of a sample.
+const SAMPLED: u64 = 1 << 20;
 /// More threads than this do not walk faster.
 const THREADS: usize = 4;
 /// Windows of addresses that are worth a thread.
@@ -144,7 +146,9 @@ impl Tracker {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(walk)).collect();
             let mut all = walk()?;
             for other in others {
-                all.append(other.join().map_err(|_| anyhow::anyhow!("a thread that looks at memory panicked"))??);
+                all.append(
+                    other.join().map_err(|_| anyhow::anyhow!("a thread that looks at memory panicked"))??,
+                );
             }
             anyhow::Ok(all)
         })?;
@@ -219,6 +223,32 @@ pub fn peek(pagemap: &File, maps: &[Map]) -> Result<Scan> {
         .context("counting the pages that were written")?;
     }
     seen.scan(pagemap, maps)
+}
+
+/// How many pages of their own these ranges of addresses have, and how many of those were written since they were
+/// protected. The process may run.
+///
+/// # Errors
+/// The process is gone.
+pub fn written(pagemap: &File, maps: &[Map], windows: &[Range<u64>]) -> Result<(u64, u64)> {
+    let (mut own, mut written) = (0, 0);
+    for (Range { start, end }, query) in windows.iter().flat_map(|window| walks(maps, window)) {
+        pagemap::scan(pagemap.as_fd(), start, end, query, |region| {
+            let pages = (region.end - region.start) / PAGE_SIZE as u64;
+            own += pages;
+            written += if region.categories & category::WRITTEN != 0 { pages } else { 0 };
+        })
+        .context("counting the pages that were written")?;
+    }
+    Ok((own, written))
+}
+
+/// Ranges of addresses that stand for all large mappings: a sixteenth of each, evenly spread.
+pub fn sample(maps: &[Map]) -> Vec<Range<u64>> {
+    const STEP: u64 = 16;
+    let large = maps.iter().filter(|map| is_private(map) && map.size() >= STEP * SAMPLED);
+    let parts = |map: &Map| (map.start..map.end).step_by((STEP * SAMPLED) as usize);
+    large.flat_map(|map| parts(map).map(|start| start..(start + SAMPLED).min(map.end))).collect()
 }
 
 /// From the first mapping to the last.
@@ -379,6 +409,13 @@ mod tests {
         assert_eq!(windows(&maps, 40), [10..35, 100..140, 140..180, 180..301]);
         assert!(windows(&maps, 1000).into_iter().eq(std::iter::once(10..301)));
         assert!(windows(&[], 5).is_empty());
+    }
+
+    #[test]
+    fn a_sample_is_spread_over_large_mappings() {
+        let m = SAMPLED;
+        let maps = [map(0, m), map(2 * m, 2 * m + 33 * m), Map { shared: true, ..map(40 * m, 90 * m) }];
+        assert_eq!(sample(&maps), [2 * m..3 * m, 18 * m..19 * m, 34 * m..35 * m]);
     }
 
     #[test]

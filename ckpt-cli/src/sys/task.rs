@@ -86,25 +86,38 @@ pub fn step_back() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
 }
 
-/// Nice value of the calling thread, for as long as this lives lowered to the lowest: it runs before others.
+/// For as long as this lives the calling thread runs before all others that are not of a real-time class (SCHED_RR,
+/// sched(7)); threads that it starts do not. Where there is one processor only, it just has the lowest nice value: others
+/// would not run at all.
 #[derive(Debug)]
-pub struct Urgent(i32);
+pub struct Urgent {
+    nice: i32,
+}
 
 impl Urgent {
     /// From now on. Where that is not allowed, nothing changes.
     pub fn now() -> Self {
+        let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
         // SAFETY: plain numbers; 0 is the calling thread.
-        unsafe {
-            let before = libc::getpriority(libc::PRIO_PROCESS, 0);
-            libc::setpriority(libc::PRIO_PROCESS, 0, -20);
-            Self(before)
+        let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+        if alone || set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1).is_err() {
+            // SAFETY: as above.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         }
+        Self { nice }
     }
 }
 
 impl Drop for Urgent {
     fn drop(&mut self) {
+        let _ = set_policy(libc::SCHED_OTHER, 0);
         // SAFETY: plain numbers; 0 is the calling thread.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.0) };
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.nice) };
     }
+}
+
+fn set_policy(policy: i32, priority: i32) -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: priority };
+    // SAFETY: the parameter is only read; 0 is the calling thread.
+    check(unsafe { libc::sched_setscheduler(0, policy, &raw const param) }.into()).map(drop)
 }

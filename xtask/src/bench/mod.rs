@@ -65,7 +65,8 @@ impl Bench {
         let output = command.stdin(Stdio::null()).output().context("cannot start ckpt")?;
         let took = start.elapsed();
         let warnings = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "{}: {}\n{warnings}", shown(&command), output.status);
+        let document = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success(), "{}: {}\n{document}{warnings}", shown(&command), output.status);
         Ok((serde_json::from_slice(&output.stdout).context("output of ckpt")?, took, warnings))
     }
 }

@@ -18,8 +18,10 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
-/// Slots: 32 to 512 MiB of old content on its way.
-const SLOTS: std::ops::RangeInclusive<u64> = 8192..=131_072;
+/// Slots: 32 to 256 MiB of old content on its way.
+const SLOTS: std::ops::RangeInclusive<u64> = 8192..=65_536;
+/// A testing aid: with this in the environment there are no more slots than the fewest.
+const FEW_SLOTS: &str = "CKPT_FAULT_FEW_SLOTS";
 /// Slots that are emptied before something else is done: 4 MiB.
 const AT_A_TIME: u64 = 1024;
 /// Most pages that can be guarded: 256 GiB.
@@ -231,7 +233,10 @@ impl Loaded {
 impl Guard for BpfGuard {
     fn prepare(&mut self, pages: u64, listed: u64) -> Result<()> {
         let pages = (pages + pages / 8).clamp(1 << 12, MOST_PAGES);
-        let slots = (listed / 2).next_power_of_two().clamp(*SLOTS.start(), *SLOTS.end());
+        let slots = match std::env::var_os(FEW_SLOTS) {
+            None => listed.next_power_of_two().clamp(*SLOTS.start(), *SLOTS.end()),
+            Some(_) => *SLOTS.start(),
+        };
         self.0 = Some(Loaded::new(pages, slots)?);
         Ok(())
     }
@@ -247,7 +252,7 @@ impl Guard for BpfGuard {
     fn is_crowded(&self) -> bool {
         let crowded = |loaded: &Loaded| {
             let full = loaded.full();
-            full.end - full.start > loaded.slots.len() as u64 / 2
+            full.end - full.start > loaded.slots.len() as u64 / 4
         };
         self.0.as_ref().is_some_and(crowded)
     }

@@ -23,7 +23,7 @@ use ckpt_common::image::PAGE_SIZE;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes that are copied between two looks at what the guard has saved.
 const BATCH: u64 = 512 << 10;
@@ -147,7 +147,8 @@ impl Cow {
         self.guarded.get(&pid).cloned().unwrap_or_default()
     }
 
-    /// Saves everything that is guarded, while the job runs.
+    /// Saves everything that is guarded, while the job runs; gives the time that the job had to wait meanwhile because it
+    /// overran its guard.
     ///
     /// # Errors
     /// [`Lost`]; no memory.
@@ -157,7 +158,7 @@ impl Cow {
         staging: &mut Staging,
         part: &mut PartWriter,
         pids: &[i32],
-    ) -> Result<()> {
+    ) -> Result<Duration> {
         // The program fills slots while we wait for a processor.
         let _urgent = Urgent::now();
         let mut delivered = Delivered::default();
@@ -183,7 +184,7 @@ impl Cow {
         // Nothing is on the list any more, so nothing is added.
         while delivered.take(&mut *self.guard, spaces, staging)? {}
         for (pid, pages) in &self.guarded {
-            let saved = delivered.0.remove(pid).unwrap_or_default().into_iter().collect::<PageSet>();
+            let saved = delivered.pages.remove(pid).unwrap_or_default().into_iter().collect::<PageSet>();
             let lost = pages.difference(&copied.remove(pid).unwrap_or_default()).difference(&saved);
             if let Some(first) = lost.ranges().first() {
                 let first = first.start * PAGE_SIZE as u64;
@@ -198,13 +199,17 @@ impl Cow {
                 space.written_later = written;
             }
         }
-        Ok(())
+        Ok(delivered.held_back)
     }
 }
 
 /// Pages whose old content the guard has saved, by process.
 #[derive(Default)]
-struct Delivered(BTreeMap<i32, Vec<Range<u64>>>);
+struct Delivered {
+    pages: BTreeMap<i32, Vec<Range<u64>>>,
+    /// How long the job had to wait for that.
+    held_back: Duration,
+}
 
 impl Delivered {
     /// Where the job overruns its guard, it waits, for a few milliseconds at a time.
@@ -223,6 +228,7 @@ impl Delivered {
                 more = self.take(guard, spaces, staging);
             }
             frozen.thaw().context("letting the job run on")?;
+            self.held_back += start.elapsed();
             more?;
         }
         Ok(())
@@ -237,7 +243,7 @@ impl Delivered {
     ) -> Result<bool> {
         guard.deliver(spaces, &mut |pid, page, content| {
             let space = spaces.get(&pid).context("pages of an unknown process")?;
-            self.0.entry(pid).or_default().push(page..page + (content.len() / PAGE_SIZE) as u64);
+            self.pages.entry(pid).or_default().push(page..page + (content.len() / PAGE_SIZE) as u64);
             staging.add(space.id, page, content)
         })
     }

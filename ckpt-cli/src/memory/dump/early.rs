@@ -1,0 +1,207 @@
+//! What is done before the cut, while the job runs.
+//!
+//! What was modified is copied, and what was written meanwhile again, as long as the list shrinks. Only the looks at the
+//! page tables stop the job, each for a few milliseconds. A job that writes faster than it could be copied is not copied
+//! ahead: its pages are guarded from the cut on, and looked at once before.
+
+use super::{LOOK, MemoryDump, SPARE, Way, pieces};
+use crate::memory::page_set::PageSet;
+use crate::memory::space::Space;
+use crate::memory::tracker;
+use crate::store::PartWriter;
+use crate::tracee::freeze::Frozen;
+use crate::tracee::proc;
+use anyhow::{Context as _, Result};
+use ckpt_common::image::PAGE_SIZE;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// Most rounds of copying before the cut.
+const ROUNDS: usize = 8;
+/// A round is worth it if the list shrinks to less than this part of it, in per cent.
+const SHRINKS: u64 = 70;
+/// Time between two looks at a sample.
+const SAMPLE: Duration = Duration::from_millis(10);
+/// Copying ahead is not worth it where more than this part of it would be written again meanwhile.
+const FUTILE: f64 = 0.5;
+
+impl MemoryDump {
+    /// Copies what was modified while the job runs, until little is left or no headway is made.
+    pub fn save_early(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
+        self.pids = pids.to_vec();
+        // A way that was asked for by name must be there; what else there is takes time to find out.
+        if !self.options.stop && matches!(self.options.way, Way::Bpf | Way::Uffd) {
+            self.choose_guard()?;
+        }
+        let futile = self.can_copy_before_write()
+            && self.sample(pids)? > 2 * self.budget()
+            && self.outruns_copying(pids)?;
+        if !futile {
+            self.copy_in_rounds(pids, part)?;
+        }
+        if self.options.stop {
+            // It is copied piece by piece, when there is time.
+            return Ok(());
+        }
+        let listed = self.spaces.values().map(|space| space.lists.current().bytes()).sum::<u64>();
+        let ready = self.can_copy_before_write() && (futile || listed > self.budget() / 2);
+        if ready && self.cow.is_none() {
+            self.choose_guard()?;
+        }
+        if let Some(cow) = self.cow.as_mut().filter(|_| ready) {
+            let start = Instant::now();
+            let pages = pids.iter().map(|pid| proc::private_bytes(*pid) / PAGE_SIZE as u64).sum();
+            // What was not written in the last round may be before the cut.
+            let listed = self.spaces.values().map(|space| space.lists.modified().pages()).sum();
+            cow.prepare(pages, if futile { pages } else { listed })?;
+            self.took("guard", start);
+        }
+        self.staging.prepare(self.expected() + SPARE);
+        if ready {
+            // Making ready took its time. What was written meanwhile is listed now, or the freeze would do it.
+            if !futile {
+                self.copy_current(part)?;
+            }
+            self.look(pids)?;
+        }
+        Ok(())
+    }
+
+    fn copy_in_rounds(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
+        let mut before = u64::MAX;
+        for _ in 0..ROUNDS {
+            self.look(pids)?;
+            let tracked = self.spaces.values().filter(|space| space.is_tracked());
+            let now: u64 = tracked.map(|space| space.lists.current().bytes()).sum();
+            let shrinks = now < before / 100 * SHRINKS;
+            if now <= self.budget() / 2 || (!shrinks && self.can_copy_before_write()) {
+                break;
+            }
+            self.copy_current(part)?;
+            if !shrinks {
+                break;
+            }
+            before = now;
+        }
+        Ok(())
+    }
+
+    /// Does the job write so much that most of what is copied ahead would be written again before its cut? Found out
+    /// with a sample, which costs the job far less than a look at all of its memory. Pages that are written all the
+    /// time are written again at once: what counts is how many join them.
+    fn outruns_copying(&mut self, pids: &[i32]) -> Result<bool> {
+        let start = Instant::now();
+        let mut finder = std::mem::take(&mut self.finder);
+        let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
+        let deadline = Instant::now() + LOOK;
+        for process in frozen.processes.values_mut().filter(|process| !process.threads.is_empty()) {
+            self.space(process.pid)?.begin_sample(process, &mut finder, deadline)?;
+        }
+        self.finder = finder;
+        frozen.thaw().context("letting the job run on")?;
+        self.took("sample", start);
+        let mut seen = [(0.0, 0.0); 2];
+        for (share, at) in &mut seen {
+            std::thread::sleep(SAMPLE);
+            let mut looks = self.spaces.values().map(Space::look_at_sample);
+            let (own, written) = looks.try_fold((0, 0), |(own, written), look| {
+                look.map(|(more_own, more_written)| (own + more_own, written + more_written))
+            })?;
+            (*share, *at) = (written as f64 / own.max(1) as f64, start.elapsed().as_secs_f64());
+        }
+        let [(first, from), (second, to)] = seen;
+        let copying = self.sample(pids)? as f64 / self.rate;
+        Ok((second - first).max(0.0) / (to - from) * copying > FUTILE)
+    }
+
+    /// Bytes that were modified since the base, or, where there is none, since they were copied ahead. The job runs,
+    /// and nothing is protected.
+    pub fn sample(&mut self, pids: &[i32]) -> Result<u64> {
+        let since_base = self.base.is_some();
+        let mut bytes = 0;
+        for pid in pids {
+            // One that has ended has nothing to save.
+            let Ok(space) = self.space(*pid) else { continue };
+            let (Ok(maps), tracked) = (proc::maps(*pid), space.is_tracked()) else { continue };
+            let Ok(seen) = tracker::peek(space.pagemap(), &maps) else { continue };
+            let listed = if since_base { space.lists.modified() } else { space.lists.current().clone() };
+            let modified =
+                if tracked { seen.written.union(&listed).intersection(&seen.own) } else { seen.own };
+            bytes += modified.bytes();
+        }
+        Ok(bytes)
+    }
+
+    /// Looks at all processes, in as many short freezes as it takes.
+    fn look(&mut self, pids: &[i32]) -> Result<()> {
+        // All of them may be more than one freeze has the time for.
+        let mut complete = BTreeSet::new();
+        loop {
+            let start = Instant::now();
+            let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
+            let looked = self.look_at(&mut frozen, &mut complete, Instant::now() + LOOK);
+            frozen.thaw().context("letting the job run on")?;
+            self.took("look", start);
+            if looked? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Looks at those that are not `complete` yet, until `deadline`; at one of them at least. Are all complete?
+    fn look_at(
+        &mut self,
+        frozen: &mut Frozen,
+        complete: &mut BTreeSet<i32>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let mut finder = std::mem::take(&mut self.finder);
+        let mut all = true;
+        for process in frozen.processes.values_mut().filter(|process| !process.threads.is_empty()) {
+            if complete.contains(&process.pid) {
+                continue;
+            }
+            let space = self.space(process.pid)?;
+            match space.look(process, &mut finder, deadline)? {
+                true => drop(complete.insert(process.pid)),
+                false => all = false,
+            }
+            if !all && Instant::now() > deadline {
+                break;
+            }
+        }
+        self.finder = finder;
+        Ok(all)
+    }
+
+    /// Copies the current lists of the running job, by as much at a time as there is room for.
+    fn copy_current(&mut self, part: &mut PartWriter) -> Result<()> {
+        let start = Instant::now();
+        let mut bytes = 0;
+        for space in self.spaces.values_mut().filter(|space| space.is_tracked()) {
+            let list = space.lists.current().clone();
+            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
+                if self.staging.room() < piece.bytes() {
+                    self.staging.save(part)?;
+                }
+                let wanted = space.origins(&piece);
+                let failed = self.staging.copy_some(&wanted)?;
+                let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
+                let copied: PageSet = wanted
+                    .iter()
+                    .flat_map(|wanted| &wanted.ranges)
+                    .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
+                    .collect();
+                let copied = copied.difference(&failed);
+                space.statistics.presaved += copied.bytes();
+                bytes += copied.bytes();
+                space.lists.save_early(&copied);
+            }
+        }
+        self.took("copy ahead", start);
+        if bytes > SPARE {
+            self.rate = bytes as f64 / start.elapsed().as_secs_f64();
+        }
+        Ok(())
+    }
+}
