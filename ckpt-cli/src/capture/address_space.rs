@@ -5,7 +5,10 @@ use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::proc::{self, Map, Maps};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use procfs::process::{Process as Proc, VmFlags};
+use std::collections::HashMap;
+use std::os::unix::fs::FileTypeExt;
 
 /// Captures the address space.
 pub(super) fn capture(
@@ -39,6 +42,9 @@ pub(super) fn capture(
         vdso: Vec::new(),
     };
     for map in maps {
+        if let Some(reason) = obstacle(map) {
+            bail!("mapping {:x}-{:x} {}: {reason}", map.start, map.end, map.path);
+        }
         let backing = backing(pid, map, table)?;
         match &backing {
             Backing::Kernel { name } if name == "[vdso]" => {
@@ -85,6 +91,9 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
     })
 }
 
+const DEVICE: &str = "memory of a device cannot be saved";
+const HUGETLBFS: &str = "memory of hugetlbfs is not supported yet";
+
 fn advice(flags: VmFlags) -> Vec<i32> {
     [
         (VmFlags::DC, libc::MADV_DONTFORK),
@@ -101,22 +110,42 @@ fn advice(flags: VmFlags) -> Vec<i32> {
     .collect()
 }
 
-/// Mappings that cannot be saved from outside, with the reason.
+/// Mappings that cannot be saved from outside, with the reason. `flags` are looked at where they are known.
 pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
     match () {
-        () if map.flags.contains(VmFlags::HT) => Some("memory of hugetlbfs is not supported yet"),
+        () if map.flags.contains(VmFlags::HT) => Some(HUGETLBFS),
         () if map.path.starts_with("/SYSV") => Some("System V shared memory is not supported yet"),
         () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
         () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
         () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
-        () if map.flags.intersects(VmFlags::IO | VmFlags::PF) && !map.by_kernel() => {
-            Some("memory of a device cannot be saved")
-        }
+        () if map.flags.intersects(VmFlags::IO | VmFlags::PF) && !map.by_kernel() => Some(DEVICE),
         () => None,
     }
 }
 
-/// Reads the mappings with flags, for the plan.
-pub(super) fn maps(pid: i32) -> Result<Maps> {
-    proc::maps_with_flags(pid).context("reading the mappings")
+/// All mappings that cannot be saved, with the reason. Their flags are not read: that walks all page tables.
+pub(super) fn obstacles(pid: i32) -> Result<Vec<(Map, &'static str)>> {
+    let maps = proc::maps(pid).context("reading the mappings")?;
+    let mut file_systems = HashMap::new();
+    let file = |map: &Map| format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
+    let mut by_file = |map: &Map| {
+        let on_hugetlbfs = map.inode != 0
+            && *file_systems.entry(map.device).or_insert_with(|| {
+                statfs(file(map).as_str()).is_ok_and(|stat| stat.filesystem_type() == HUGETLBFS_MAGIC)
+            });
+        // Files of /sys and /proc that can be mapped are memory of devices, too.
+        let of_device = map.path.starts_with("/sys/")
+            || map.path.starts_with("/proc/")
+            || map.path.starts_with("/dev/")
+                && map.path != "/dev/zero"
+                && std::fs::metadata(file(map)).is_ok_and(|found| found.file_type().is_char_device());
+        if on_hugetlbfs { Some(HUGETLBFS) } else { of_device.then_some(DEVICE) }
+    };
+    let mut found = Vec::new();
+    for map in maps {
+        if let Some(reason) = obstacle(&map).or_else(|| by_file(&map)) {
+            found.push((map, reason));
+        }
+    }
+    Ok(found)
 }

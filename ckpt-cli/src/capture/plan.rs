@@ -221,10 +221,8 @@ impl Check<'_> {
     fn all(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
         self.attributes(proc, parent, job)?;
         self.namespaces()?;
-        for map in address_space::maps(self.pid)? {
-            if let Some(reason) = address_space::obstacle(&map) {
-                self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
-            }
+        for (map, reason) in address_space::obstacles(self.pid)? {
+            self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
         }
         self.descriptors()
     }

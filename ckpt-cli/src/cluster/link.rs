@@ -7,7 +7,7 @@ use super::{
     transport::Launcher,
 };
 use ckpt_common::wire::{Hello, Request, Response};
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::{
     io::{BufRead, BufReader},
     process::{Child, ChildStdin, ExitStatus},
@@ -56,8 +56,6 @@ struct Signs {
     stderr: Mutex<Vec<String>>,
     /// Why nothing more can be read.
     broken: Mutex<Option<String>>,
-    /// The link is closed.
-    closed: AtomicBool,
 }
 
 /// A running agent. Dropped, its standard input is closed, upon which it undoes what was not
@@ -70,6 +68,8 @@ pub struct Link {
     responses: Receiver<Response>,
     signs: Arc<Signs>,
     timing: Timing,
+    /// Dropped, it ends the pinging.
+    pinging: Option<Sender<()>>,
 }
 
 impl Link {
@@ -106,11 +106,12 @@ impl Link {
             child,
             writer: Some(writer.clone()),
             responses,
-            signs: signs.clone(),
+            signs,
             timing,
+            pinging: None,
         };
         let ours = hello.ckpt.clone();
-        *lock(&signs.heard) = Some(Instant::now() + timing.start.saturating_sub(timing.patience));
+        *lock(&link.signs.heard) = Some(Instant::now() + timing.start.saturating_sub(timing.patience));
         match link.ask(&Request::Hello(hello), interrupted)? {
             Response::Hello { ckpt, kernel } if ckpt == ours => link.kernel = kernel,
             Response::Hello { ckpt, .. } => {
@@ -119,7 +120,9 @@ impl Link {
             other => return Err(lost(format!("answered the greeting with {other:?}"))),
         }
         let pause = timing.patience / 5;
-        thread::spawn(move || ping(&writer, &signs, pause));
+        let (pinging, goes_on) = crossbeam_channel::bounded(0);
+        link.pinging = Some(pinging);
+        thread::spawn(move || ping(&writer, &goes_on, pause));
         Ok(link)
     }
 
@@ -218,13 +221,13 @@ impl Link {
     }
 
     fn close(&mut self) -> Option<ExitStatus> {
-        self.signs.closed.store(true, Ordering::Relaxed);
-        // The pinging thread lets go of it at its next look.
+        // The pinging thread has the pipe, too.
+        self.pinging = None;
         self.writer = None;
         let start = Instant::now();
         while start.elapsed() < self.timing.end {
             match self.child.try_wait() {
-                Ok(None) => thread::sleep(Duration::from_millis(5)),
+                Ok(None) => thread::sleep(Duration::from_millis(1)),
                 Ok(status) => return status,
                 Err(_) => return None,
             }
@@ -270,7 +273,7 @@ fn name(request: &Request) -> String {
     name.to_owned()
 }
 
-fn listen(stdout: impl std::io::Read, signs: &Signs, responses: &crossbeam_channel::Sender<Response>) {
+fn listen(stdout: impl std::io::Read, signs: &Signs, responses: &Sender<Response>) {
     let mut reader = FrameReader::new(stdout);
     let why = loop {
         match reader.read::<Response>() {
@@ -305,15 +308,11 @@ fn keep_words(stderr: impl std::io::Read, signs: &Signs, node: &str) {
     }
 }
 
-fn ping(writer: &Mutex<FrameWriter<ChildStdin>>, signs: &Signs, pause: Duration) {
-    let mut last = Instant::now();
-    while !signs.closed.load(Ordering::Relaxed) {
-        if last.elapsed() >= pause {
-            if lock(writer).write(&Request::Ping).is_err() {
-                return;
-            }
-            last = Instant::now();
+/// Pings until there is nobody any more at the other end of `goes_on`.
+fn ping(writer: &Mutex<FrameWriter<ChildStdin>>, goes_on: &Receiver<()>, pause: Duration) {
+    while goes_on.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+        if lock(writer).write(&Request::Ping).is_err() {
+            return;
         }
-        thread::sleep(TICK.min(pause));
     }
 }

@@ -31,6 +31,9 @@ const RATE: f64 = 1e9;
 /// Memory made ready for the copies in the freeze, beside what they are expected to take.
 const SPARE: u64 = 8 << 20;
 
+/// What is copied at a time where the store takes it at once.
+const STREAMED: u64 = 64 << 20;
+
 /// What the operator wants of the memory part of a dump.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -291,18 +294,23 @@ impl MemoryDump {
 
     /// What a job that stays frozen has left for now.
     fn copy_frozen(&mut self, part: &mut PartWriter) -> Result<()> {
-        for space in self.spaces.values_mut() {
-            let list = space.lists.previous().clone();
-            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
-                if self.staging.room() < piece.bytes() {
-                    self.staging.save(part)?;
-                }
-                self.staging.copy(&space.origins(&piece))?;
-                space.statistics.cut += piece.bytes();
-                space.lists.save(&piece);
-            }
+        let previous = |space: &Space| pieces(space.lists.previous(), STREAMED);
+        let todo: Vec<_> = self
+            .spaces
+            .values()
+            .flat_map(|space| previous(space).into_iter().map(|piece| (space.pid, piece)))
+            .collect();
+        if todo.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let spaces = &mut self.spaces;
+        self.staging.stream(STREAMED, todo, part, |staging, (pid, piece)| {
+            let space = spaces.get_mut(&pid).context("it was there at the cut")?;
+            staging.copy(&space.origins(&piece))?;
+            space.statistics.cut += piece.bytes();
+            space.lists.save(&piece);
+            Ok(())
+        })
     }
 
     /// What was done, by process.

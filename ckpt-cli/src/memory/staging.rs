@@ -360,20 +360,68 @@ impl Staging {
 
     /// Hands everything to the store, the newest copy of each page only, freeing memory on the way.
     pub fn save(&mut self, part: &mut PartWriter) -> Result<()> {
+        self.hand_over(part, true)?;
+        self.arenas.clear();
+        self.bytes = 0;
+        Ok(())
+    }
+
+    /// Hands everything to the store; with `free`, memory is given back on the way.
+    fn hand_over(&mut self, part: &mut PartWriter, free: bool) -> Result<()> {
         for run in latest(std::mem::take(&mut self.runs)) {
             self.declare(run.id, part)?;
             let arena = &mut self.arenas[run.arena].0;
             for at in (0..run.len).step_by(SAVED) {
                 let (start, end) = (run.start + at, run.start + run.len.min(at + SAVED));
                 part.pages(run.id, run.first_page + (at / PAGE_SIZE) as u64, &arena.bytes()[start..end])?;
-                if end - start == SAVED {
+                if free && end - start == SAVED {
                     arena.discard(start, end);
                 }
             }
         }
-        self.arenas.clear();
-        self.bytes = 0;
         Ok(())
+    }
+
+    /// Has pieces of up to `size` bytes copied by `copy`, while what was copied before goes to the store: no more than two
+    /// of them are in memory at a time. The last one stays staged.
+    ///
+    /// # Errors
+    /// As of `copy` and of [`Self::save`].
+    pub fn stream<T>(
+        &mut self,
+        size: u64,
+        pieces: impl IntoIterator<Item = T>,
+        part: &mut PartWriter,
+        mut copy: impl FnMut(&mut Self, T) -> Result<()>,
+    ) -> Result<()> {
+        self.save(part)?;
+        // The same memory again and again: fresh memory costs more than the copying.
+        let mut other = Self::new(self.limit);
+        for half in [&mut *self, &mut other] {
+            half.prepare(size);
+        }
+        for piece in pieces {
+            other.rewind();
+            std::thread::scope(|scope| {
+                let saving = scope.spawn(|| self.hand_over(part, false));
+                let copied = copy(&mut other, piece);
+                let saved =
+                    saving.join().map_err(|_| anyhow::anyhow!("a thread that saves memory panicked"))?;
+                saved.and(copied)
+            })?;
+            std::mem::swap(&mut self.arenas, &mut other.arenas);
+            std::mem::swap(&mut self.runs, &mut other.runs);
+            std::mem::swap(&mut self.bytes, &mut other.bytes);
+        }
+        Ok(())
+    }
+
+    /// Forgets what was staged; its first memory stays.
+    fn rewind(&mut self) {
+        self.runs.clear();
+        self.bytes = 0;
+        self.arenas.truncate(1);
+        self.arenas.iter_mut().for_each(|(_, used)| *used = 0);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Result, StoreError};
 use ckpt_common::image::FormatError;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::{
     fs::{DirBuilder, File, OpenOptions},
     io::{ErrorKind, Read, Write},
@@ -51,14 +52,16 @@ pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
 
 /// Reads a whole file of at most `limit` bytes.
 pub(super) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let file = open(path)?;
+    let mut file = open(path)?;
     let length = file.metadata().map_err(StoreError::io("read", path))?.len();
     if length > limit {
         let why = format!("{length} bytes, at most {limit} are possible");
         return Err(StoreError::damaged(path)(FormatError::damaged("file size", why)));
     }
-    let mut bytes = Vec::with_capacity(length as usize);
-    file.take(limit).read_to_end(&mut bytes).map_err(StoreError::io("read", path))?;
+    // All of it at once, not as much as the kernel reads ahead. Advice that is not taken is no failure.
+    let _ = posix_fadvise(&file, 0, length as i64, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    let mut bytes = vec![0; length as usize];
+    file.read_exact(&mut bytes).map_err(StoreError::io("read", path))?;
     Ok(bytes)
 }
 

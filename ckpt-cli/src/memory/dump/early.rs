@@ -4,9 +4,10 @@
 //! page tables stop the job, each for a few milliseconds. A job that writes faster than it could be copied is not copied
 //! ahead: its pages are guarded from the cut on, and looked at once before.
 
-use super::{LOOK, MemoryDump, SPARE, Way, pieces};
+use super::{LOOK, MemoryDump, SPARE, STREAMED, Way, pieces};
 use crate::memory::page_set::PageSet;
 use crate::memory::space::Space;
+use crate::memory::staging::Staging;
 use crate::memory::tracker;
 use crate::store::PartWriter;
 use crate::tracee::freeze::Frozen;
@@ -24,6 +25,10 @@ const SHRINKS: u64 = 70;
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Copying ahead is not worth it where more than this part of it would be written again meanwhile.
 const FUTILE: f64 = 0.5;
+/// Less than this part is stored twice without regret.
+const LITTLE: f64 = 0.1;
+/// Bytes per second that the store takes, about.
+const SAVING: f64 = 5e8;
 
 impl MemoryDump {
     /// Copies what was modified while the job runs, until little is left or no headway is made.
@@ -33,11 +38,14 @@ impl MemoryDump {
         if !self.options.stop && matches!(self.options.way, Way::Bpf | Way::Uffd) {
             self.choose_guard()?;
         }
-        let futile = self.can_copy_before_write()
-            && self.sample(pids)? > 2 * self.budget()
-            && self.outruns_copying(pids)?;
+        let listed = self.sample(pids)?;
+        let pace = if listed > 2 * self.budget() { self.pace(pids)? } else { None };
+        // Part of what was copied that would be written again by the time that the last of it is.
+        let again = |bytes_per_second: f64| pace.map(|pace| pace * listed as f64 / bytes_per_second);
+        let futile = self.can_copy_before_write() && again(self.rate).is_some_and(|part| part > FUTILE);
         if !futile {
-            self.copy_in_rounds(pids, part)?;
+            let streamed = listed > 2 * STREAMED && again(SAVING).is_some_and(|part| part < LITTLE);
+            self.copy_in_rounds(pids, part, streamed)?;
         }
         if self.options.stop {
             // It is copied piece by piece, when there is time.
@@ -67,9 +75,10 @@ impl MemoryDump {
         Ok(())
     }
 
-    fn copy_in_rounds(&mut self, pids: &[i32], part: &mut PartWriter) -> Result<()> {
+    /// With `streamed`, the first round goes to the store at once.
+    fn copy_in_rounds(&mut self, pids: &[i32], part: &mut PartWriter, streamed: bool) -> Result<()> {
         let mut before = u64::MAX;
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             self.look(pids)?;
             let tracked = self.spaces.values().filter(|space| space.is_tracked());
             let now: u64 = tracked.map(|space| space.lists.current().bytes()).sum();
@@ -77,8 +86,12 @@ impl MemoryDump {
             if now <= self.budget() / 2 || (!shrinks && self.can_copy_before_write()) {
                 break;
             }
-            self.copy_current(part)?;
-            if !shrinks {
+            match streamed && round == 0 {
+                true => self.stream_current(part)?,
+                false => self.copy_current(part)?,
+            }
+            // What is written while so little is copied, the cut finds as well as another look.
+            if !shrinks || now <= self.budget() {
                 break;
             }
             before = now;
@@ -86,10 +99,10 @@ impl MemoryDump {
         Ok(())
     }
 
-    /// Does the job write so much that most of what is copied ahead would be written again before its cut? Found out
-    /// with a sample, which costs the job far less than a look at all of its memory. Pages that are written all the
-    /// time are written again at once: what counts is how many join them.
-    fn outruns_copying(&mut self, pids: &[i32]) -> Result<bool> {
+    /// How much of its memory the job begins to rewrite, as a part of it by second. Found out with a sample, which costs
+    /// the job far less than a look at all of its memory. Pages that are written all the time are written again at once:
+    /// what counts is how many join them. `None` if there is no large memory that is tracked.
+    fn pace(&mut self, pids: &[i32]) -> Result<Option<f64>> {
         let start = Instant::now();
         let mut finder = std::mem::take(&mut self.finder);
         let mut frozen = Frozen::freeze(pids).context("stopping the job for a look at its memory")?;
@@ -107,11 +120,13 @@ impl MemoryDump {
             let (own, written) = looks.try_fold((0, 0), |(own, written), look| {
                 look.map(|(more_own, more_written)| (own + more_own, written + more_written))
             })?;
-            (*share, *at) = (written as f64 / own.max(1) as f64, start.elapsed().as_secs_f64());
+            if own == 0 {
+                return Ok(None);
+            }
+            (*share, *at) = (written as f64 / own as f64, start.elapsed().as_secs_f64());
         }
         let [(first, from), (second, to)] = seen;
-        let copying = self.sample(pids)? as f64 / self.rate;
-        Ok((second - first).max(0.0) / (to - from) * copying > FUTILE)
+        Ok(Some((second - first).max(0.0) / (to - from)))
     }
 
     /// Bytes that were modified since the base, or, where there is none, since they were copied ahead. The job runs,
@@ -184,18 +199,7 @@ impl MemoryDump {
                 if self.staging.room() < piece.bytes() {
                     self.staging.save(part)?;
                 }
-                let wanted = space.origins(&piece);
-                let failed = self.staging.copy_some(&wanted)?;
-                let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
-                let copied: PageSet = wanted
-                    .iter()
-                    .flat_map(|wanted| &wanted.ranges)
-                    .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
-                    .collect();
-                let copied = copied.difference(&failed);
-                space.statistics.presaved += copied.bytes();
-                bytes += copied.bytes();
-                space.lists.save_early(&copied);
+                bytes += copy_ahead(space, &mut self.staging, &piece)?;
             }
         }
         self.took("copy ahead", start);
@@ -204,4 +208,37 @@ impl MemoryDump {
         }
         Ok(())
     }
+
+    /// The same, with the store taking the copies meanwhile: that takes longer than copying alone, but not as long as one
+    /// after the other.
+    fn stream_current(&mut self, part: &mut PartWriter) -> Result<()> {
+        let start = Instant::now();
+        let tracked = self.spaces.values().filter(|space| space.is_tracked());
+        let current = |space: &Space| pieces(space.lists.current(), STREAMED);
+        let todo: Vec<_> =
+            tracked.flat_map(|space| current(space).into_iter().map(|piece| (space.pid, piece))).collect();
+        let spaces = &mut self.spaces;
+        self.staging.stream(STREAMED, todo, part, |staging, (pid, piece)| {
+            let space = spaces.get_mut(&pid).context("it was there a moment before")?;
+            copy_ahead(space, staging, &piece).map(drop)
+        })?;
+        self.took("copy and save ahead", start);
+        Ok(())
+    }
+}
+
+/// Copies pages of a running process; gives the bytes that were there.
+fn copy_ahead(space: &mut Space, staging: &mut Staging, pages: &PageSet) -> Result<u64> {
+    let wanted = space.origins(pages);
+    let failed = staging.copy_some(&wanted)?;
+    let failed: PageSet = failed.into_iter().map(|(_, page)| page..page + 1).collect();
+    let copied: PageSet = wanted
+        .iter()
+        .flat_map(|wanted| &wanted.ranges)
+        .map(|(start, end)| start / PAGE_SIZE as u64..end / PAGE_SIZE as u64)
+        .collect();
+    let copied = copied.difference(&failed);
+    space.statistics.presaved += copied.bytes();
+    space.lists.save_early(&copied);
+    Ok(copied.bytes())
 }
