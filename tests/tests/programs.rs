@@ -191,3 +191,29 @@ fn taken_pids_lead_to_a_namespace() -> Result<()> {
     job.ok(&["restore", "namespace", "--pids", "namespace"])?;
     job.until_output("same")
 }
+
+/// What is missing where the job is to come back is named before anything is built; once it is there, all is well.
+#[test]
+fn missing_files_are_named() -> Result<()> {
+    let mut job = Job::new("missing")?;
+    let program = job.path("own-sleep");
+    fs::copy("/usr/bin/sleep", &program)?;
+    fs::write(job.path("data"), "what it reads")?;
+    let command = format!("exec {} 1000 <data", program.display());
+    job.start(&["bash", "-c", &command])?;
+    job.until("it sleeps", || Ok(fs::read_link(format!("/proc/{}/exe", job.pid()))? == program))?;
+    job.dump(true)?;
+    for file in [&program, &job.path("data")] {
+        let away = file.with_extension("away");
+        fs::rename(file, &away)?;
+        let refused = job.ckpt(&["restore", "missing", "--pids", "same"])?;
+        let said = String::from_utf8_lossy(&refused.stderr);
+        ensure!(refused.status.code() == Some(4), "{refused:?}");
+        ensure!(said.contains(&*file.display().to_string()), "{} is not named: {said}", file.display());
+        ensure!(!job.is_running(), "something was built without {}", file.display());
+        fs::rename(&away, file)?;
+    }
+    job.restore()?;
+    ensure!(job.is_running(), "it does not run");
+    Ok(())
+}
