@@ -64,6 +64,27 @@ fn a_job_that_overruns_its_guard_waits() -> Result<()> {
     anyhow::bail!("it did not overrun its guard in any checkpoint")
 }
 
+/// Much memory of which little is written goes to the store while it is copied, whether the job runs or stays frozen.
+#[test]
+fn what_is_copied_is_saved_at_once() -> Result<()> {
+    let mut job = Job::new("writers")?;
+    let program = job.build("writers")?;
+    fs::create_dir(job.path("references"))?;
+    job.start(&[&program, "slow", "2", "200", "small"])?;
+    job.until_output("ready")?;
+    for number in 1..=2 {
+        let pid = job.pid().to_string();
+        let arguments = ["dump", "--pid", &pid, "--name", job.name(), "--full"];
+        let arguments = if number == 1 { &arguments[..] } else { &[&arguments[..], &["--stop"]].concat() };
+        let references = job.path("references");
+        job.ok_with(arguments, &[("CKPT_REFERENCE", &references.display().to_string())])?;
+        let phases = job.ok(&["show", job.name(), "--phases"])?;
+        ensure!(phases.contains("copy and save ahead"), "checkpoint {number} was made in another way: {phases}");
+        proof::compare(&job, &references, &format!("checkpoint {number}"))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn old_content_kept_by_userfaultfd() -> Result<()> {
     way("uffd")

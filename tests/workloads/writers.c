@@ -1,6 +1,6 @@
 // Writes to memory in one of several ways, for ever, so that a copy of it is never easy to take.
 //   writers KIND THREADS MIB huge|small
-// KIND: random, sequential, noise (random content), file, direct, shared, churn. Says "ready" when it has begun.
+// KIND: random, slow (random, few), sequential, noise (random content), file, direct, shared, churn. Says "ready" when it has begun.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -93,6 +93,7 @@ static void *work(void *argument) {
             churn(&state);
         } else {
             fill(memory + number(&state) % pages * 4096, number(&state));
+            if (!strcmp(kind, "slow")) usleep(500);
             if (!strcmp(kind, "file") && number(&state) % 64 == 0) {
                 char *page = memory + number(&state) % pages * 4096;
                 if (madvise(page, 4096, MADV_DONTNEED)) fail("madvise");
