@@ -17,6 +17,7 @@ use nix::sys::stat::{major, minor, stat};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Slots: 32 to 256 MiB of old content on its way.
 const SLOTS: std::ops::RangeInclusive<u64> = 8192..=65_536;
@@ -184,12 +185,16 @@ impl Loaded {
         while at < end {
             let slot = (at % self.slots.len() as u64) as usize;
             let owner = self.owners.word(slot);
+            let mut looks = 0;
             let whose = loop {
                 match owner.load(Ordering::Acquire) {
                     // A copy on another processor that takes less than a microsecond.
-                    SlotOwner::EMPTY => std::hint::spin_loop(),
+                    SlotOwner::EMPTY if looks < 10_000 => std::hint::spin_loop(),
+                    // Unless it was interrupted, by us perhaps, who run before others.
+                    SlotOwner::EMPTY => std::thread::sleep(Duration::from_micros(50)),
                     whose => break whose,
                 }
+                looks += 1;
             };
             if let Some(word) = whose.checked_sub(SlotOwner::FIRST) {
                 let found = self.meaning.partition_point(|(first, ..)| *first <= word);
