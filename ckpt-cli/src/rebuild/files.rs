@@ -183,6 +183,10 @@ impl Files {
             bail!("epoll {} watches descriptors that no single process has under their numbers", id.0);
         }
         for (fd, seals) in &self.seals {
+            // Sealed by way of another description already, perhaps against more seals.
+            if fcntl(fd, FcntlArg::F_GET_SEALS).context("reading the seals of a memfd")? == *seals {
+                continue;
+            }
             let seals = nix::fcntl::SealFlag::from_bits_retain(*seals);
             fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).context("sealing a memfd")?;
         }
