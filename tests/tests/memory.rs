@@ -23,7 +23,7 @@ fn holds(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
     Ok(())
 }
 
-const KINDS: [&str; 6] = ["random", "sequential", "file", "direct", "shared", "churn"];
+const KINDS: [&str; 7] = ["random", "sequential", "file", "direct", "shared", "sysv", "churn"];
 
 fn way(way: &str) -> Result<()> {
     for kind in KINDS {

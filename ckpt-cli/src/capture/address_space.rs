@@ -66,17 +66,19 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
     if map.by_kernel() {
         return Ok(Backing::Kernel { name: map.path.clone() });
     }
+    if let Some(id) = map.segment() {
+        let file = table.segment(pid, map, id);
+        let file = file.with_context(|| format!("segment {id} at {:x}-{:x}", map.start, map.end))?;
+        return Ok(Backing::SharedFile { file, offset: map.offset });
+    }
     if map.inode == 0 {
         if map.shared {
             bail!("mapping {:x}-{:x} ({}) is shared but has no file", map.start, map.end, map.path);
         }
         return Ok(Backing::Anonymous);
     }
-    let name = format!("map_files/{:x}-{:x}", map.start, map.end);
-    // A shared mapping that may become writable needs a description that is open for writing.
-    let write = map.shared && map.flags.contains(VmFlags::MW);
     let file = table
-        .mapped_file(pid, Some((map.device, map.inode)), &name, write)
+        .mapping(pid, map, (map.device, map.inode))
         .with_context(|| format!("opening what is mapped at {:x}-{:x} ({})", map.start, map.end, map.path))?;
     Ok(if map.shared {
         Backing::SharedFile { file, offset: map.offset }
@@ -105,7 +107,6 @@ fn advice(flags: VmFlags) -> Vec<i32> {
 pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
     match () {
         () if map.flags.contains(VmFlags::HT) => Some("memory of hugetlbfs is not supported yet"),
-        () if map.path.starts_with("/SYSV") => Some("System V shared memory is not supported yet"),
         () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
         () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
         () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
