@@ -74,6 +74,9 @@ fn segments_come_back_with_the_same_ids() -> Result<()> {
         segments.job.dump(false)?;
         segments.job.dump(true)?;
         ensure!(segments.there()? == 0, "segments outlive the job that was ended");
+        let fault = [("CKPT_FAULT", "coordinator:release:error")];
+        ensure!(segments.job.ok_with(&["restore", "sysv", "--pids", "same"], &fault).is_err(), "no fault");
+        ensure!(segments.there()? == 0, "a restore that failed has left segments");
         segments.job.restore()?;
         segments.job.pause(30);
     }
