@@ -93,6 +93,8 @@ pub(super) struct Table<'a> {
     pending: Vec<Found>,
     files: Vec<OpenFile>,
     mapped: HashMap<(u64, u64, bool), FileId>,
+    /// All processes of the job.
+    job: HashSet<i32>,
     /// Segments of System V shared memory on this node, as they were when the job stood still.
     listed: Vec<Listed>,
     /// How often the job has each attached.
@@ -126,6 +128,7 @@ impl<'a> Table<'a> {
             pending: Vec::new(),
             files: Vec::new(),
             mapped: HashMap::new(),
+            job: frozen.processes.keys().copied().collect(),
             listed: sysv::list()?,
             attaches: BTreeMap::new(),
             segments: HashSet::new(),
@@ -316,8 +319,7 @@ impl<'a> Table<'a> {
 
     /// Segments that nobody has attached at the moment, if processes of the job have made them; and none may lead out.
     fn other_segments(&mut self) -> Result<()> {
-        let job: HashSet<i32> = self.descriptors.keys().copied().collect();
-        let made = segments::made_by(&self.listed, &job)?;
+        let made = segments::made_by(&self.listed, &self.job)?;
         for segment in &self.listed {
             let ours = self.attaches.get(&segment.id).copied();
             if segment.attaches > ours.unwrap_or(0) && (ours.is_some() || made.contains(&segment.id)) {

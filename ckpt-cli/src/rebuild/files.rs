@@ -116,7 +116,8 @@ impl Files {
             }
             SysvMemory::KIND => {
                 let segment: SysvMemory = objects::decode(version, payload)?;
-                let size = segment.size.next_multiple_of(PAGE_SIZE as u64);
+                let size = segment.size.checked_next_multiple_of(PAGE_SIZE as u64);
+                let size = size.context("its size is none")?;
                 let read_only = flags & libc::O_ACCMODE == libc::O_RDONLY;
                 self.segments.insert(record.id, Segment { id: segment.id, size, read_only });
                 // It is attached by its id. What is mapped has a descriptor, and this is none that does anything.

@@ -88,7 +88,7 @@ fn make(creator: &mut Stopped, segment: SysvMemory, layout: Layout) -> Result<Ma
     for _ in 0..TRIES {
         sysv::choose(segment.id)?;
         let mut batch = Batch::new(layout.arena);
-        let flags = (libc::IPC_CREAT | libc::IPC_EXCL) as u64 | u64::from(segment.mode);
+        let flags = (libc::IPC_CREAT | libc::IPC_EXCL) as u64 | u64::from(segment.mode & 0o777);
         let what = format!("making System V segment {} (shmget with key {:#x})", segment.id, segment.key);
         let call = batch.call(what, libc::SYS_shmget, &[segment.key as u64, segment.size, flags]);
         let id = creator.run(batch, false)?.result(call)? as i32;
