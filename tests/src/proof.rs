@@ -3,9 +3,10 @@
 
 use crate::job::Job;
 use anyhow::{Context, Result, bail, ensure};
+use ckpt_cli::objects::decode;
 use ckpt_cli::store::{JobName, PartReader, Store};
 use ckpt_common::image::file::OpenFile;
-use ckpt_common::image::objects::MemoryFile;
+use ckpt_common::image::objects::{MemoryFile, SysvMemory};
 use ckpt_common::image::process::{AddressSpace, Backing, Process};
 use ckpt_common::image::{Kind, MemoryId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,10 +38,14 @@ struct Image {
 impl Image {
     fn open(part: &PartReader, space: &AddressSpace) -> Result<Self> {
         let (mut shared, mut files) = (BTreeMap::new(), BTreeMap::new());
-        for file in part.read::<OpenFile>()?.iter().filter(|file| file.kind == MemoryFile::KIND) {
-            let memory: MemoryFile = ckpt_cli::objects::decode(file.version, &file.payload)?;
-            files.insert(file.id.0, memory.content);
-            shared.insert(memory.content, part.contents(memory.content)?);
+        for file in part.read::<OpenFile>()? {
+            let content = match file.kind.as_str() {
+                MemoryFile::KIND => decode::<MemoryFile>(file.version, &file.payload)?.content,
+                SysvMemory::KIND => decode::<SysvMemory>(file.version, &file.payload)?.content,
+                _ => continue,
+            };
+            files.insert(file.id.0, content);
+            shared.insert(content, part.contents(content)?);
         }
         Ok(Self { own: part.contents(space.memory)?, shared, files })
     }

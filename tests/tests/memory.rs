@@ -23,7 +23,7 @@ fn holds(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
     Ok(())
 }
 
-const KINDS: [&str; 6] = ["random", "sequential", "file", "direct", "shared", "churn"];
+const KINDS: [&str; 7] = ["random", "sequential", "file", "direct", "shared", "sysv", "churn"];
 
 fn way(way: &str) -> Result<()> {
     for kind in KINDS {
@@ -79,7 +79,10 @@ fn what_is_copied_is_saved_at_once() -> Result<()> {
         let references = job.path("references");
         job.ok_with(arguments, &[("CKPT_REFERENCE", &references.display().to_string())])?;
         let phases = job.ok(&["show", job.name(), "--phases"])?;
-        ensure!(phases.contains("copy and save ahead"), "checkpoint {number} was made in another way: {phases}");
+        ensure!(
+            phases.contains("copy and save ahead"),
+            "checkpoint {number} was made in another way: {phases}"
+        );
         proof::compare(&job, &references, &format!("checkpoint {number}"))?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Programs that nobody here wrote: dumped, killed and restored twice, with the result of an uninterrupted run.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ckpt_tests::job::Job;
 use std::fs;
 use std::process::Command;
@@ -215,5 +215,37 @@ fn missing_files_are_named() -> Result<()> {
     }
     job.restore()?;
     ensure!(job.is_running(), "it does not run");
+    Ok(())
+}
+
+/// The segments that its processes share are System V's, and each session that works in parallel makes one more.
+#[test]
+fn postgres_with_a_session_that_inserts() -> Result<()> {
+    let mut job = Job::new("postgres")?;
+    let directory = job.directory().display().to_string();
+    let script = format!(
+        r#"
+cd {directory} && chmod 755 . && install -d -o postgres data sock
+as() {{ setpriv --reuid postgres --regid postgres --clear-groups "$@"; }}
+PATH=$PATH:$(echo /usr/lib/postgresql/*/bin)
+as initdb -D data --locale C -N -A trust >initdb.log 2>&1 || cat initdb.log
+as postgres -D data -k {directory}/sock -c listen_addresses= -c shared_memory_type=sysv \
+    -c dynamic_shared_memory_type=sysv -c fsync=off >postgres.log 2>&1 &
+until as psql -h {directory}/sock -c 'create table t (n bigint, v text)' postgres >/dev/null 2>&1; do sleep 0.1; done
+for i in $(seq 3000); do echo "insert into t values ($i, md5('$i')); select pg_sleep(0.002);"; done | as psql -q -h {directory}/sock postgres >/dev/null
+as psql -At -h {directory}/sock -c "select count(*), sum(n), md5(string_agg(v, '' order by n)) from t" postgres
+kill -INT $(head -n 1 data/postmaster.pid); wait; tail -n 1 postgres.log | grep -o 'database system is shut down'
+"#
+    );
+    let output = disturbed(&mut job, &script, 2000)?;
+    let log = fs::read_to_string(job.path("postgres.log"))?;
+    ensure!(
+        output.contains("3000|4501500|") && output.ends_with("database system is shut down\n"),
+        "{output}{log}"
+    );
+    ensure!(!log.contains("PANIC") && !log.contains("terminated by signal"), "{log}");
+    let left = fs::read_to_string("/proc/sysvipc/shm")?;
+    let user = nix::unistd::User::from_name("postgres")?.context("no user postgres")?.uid.to_string();
+    ensure!(left.lines().all(|line| line.split_ascii_whitespace().nth(7) != Some(&user)), "{left}");
     Ok(())
 }

@@ -1,6 +1,7 @@
 // Writes to memory in one of several ways, for ever, so that a copy of it is never easy to take.
 //   writers KIND THREADS MIB huge|small
-// KIND: random, slow (random, few), sequential, noise (random content), file, direct, shared, churn. Says "ready" when it has begun.
+// KIND: random, slow (random, few), sequential, noise (random content), file, direct, shared, sysv, churn. Says "ready" when it
+// has begun.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -10,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/shm.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -129,11 +131,17 @@ int main(int argc, char **argv) {
     if (fd >= 0) flags = MAP_PRIVATE;
     char *reserved = mmap(0, size + (2 << 20), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     char *aligned = (char *)(((uintptr_t)reserved + (2 << 20) - 1) & ~(uintptr_t)((2 << 20) - 1));
-    memory = mmap(aligned, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
-    if (memory == MAP_FAILED) fail("mmap");
+    if (!strcmp(kind, "sysv")) {
+        int id = shmget(IPC_PRIVATE, size, IPC_CREAT | 0600);
+        memory = shmat(id, aligned, SHM_REMAP);
+        if (id < 0 || memory == (char *)-1 || shmctl(id, IPC_RMID, 0)) fail("shared memory");
+    } else {
+        memory = mmap(aligned, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0);
+        if (memory == MAP_FAILED) fail("mmap");
+    }
     if (flags & MAP_ANONYMOUS) madvise(memory, size, !strcmp(argv[4], "huge") ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     for (size_t at = 0; at < size; at += 4096) fill(memory + at, at);
-    if (!strcmp(kind, "shared") && fork() == 0) work((void *)1000);
+    if ((!strcmp(kind, "shared") || !strcmp(kind, "sysv")) && fork() == 0) work((void *)1000);
     puts("ready");
     fflush(stdout);
     for (int i = 1; i < threads; i++) {

@@ -48,6 +48,7 @@ const LATE: (&str, &str) = ("lazy", "every_page_comes_when_it_is_needed");
 const FILLER_KILLED: (&str, &str) = ("lazy", "a_job_whose_memory_cannot_come_any_more_is_killed");
 const CALLS: (&str, &str) = ("objects", "waiting_calls_do_not_see_the_freeze");
 const SOCKETS: (&str, &str) = ("sockets", "sockets_of_every_state_come_back");
+const SEGMENTS: (&str, &str) = ("sysv", "segments_come_back_with_the_same_ids");
 const CLOSED: (&str, &str) = ("closed", "a_closed_end_on_another_node_is_closed_again");
 const GUARDED: (&str, &str) = ("closed", "a_killed_agent_leaves_no_socket_in_repair_mode");
 
@@ -206,6 +207,84 @@ const MUTANTS: &[Mutant] = &[
         "(context.fill)(file.content, &out).context(\"restoring shared memory\")?;",
         "",
         MAPPINGS,
+    ),
+    mutant(
+        "segments: content",
+        "rebuild/segments.rs",
+        "self.made.iter().try_for_each(fill)",
+        "self.made.iter().take(0).try_for_each(fill)",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: their ids",
+        "rebuild/segments.rs",
+        "sysv::choose(segment.id)?;",
+        "sysv::choose(segment.id ^ 1 << 20)?;",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: told from memfds",
+        "capture/descriptors.rs",
+        "self.mapping(pid, map, (sysv::DEVICE, id as u64))?",
+        "self.mapping(pid, map, (map.device, id as u64))?",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: content not a memfd's",
+        "objects/sysv.rs",
+        "context.stage((DEVICE, probe.stat.st_ino), &file)?",
+        "context.stage((probe.stat.st_dev, probe.stat.st_ino), &file)?",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: behind the last byte",
+        "objects/sysv.rs",
+        "attached.set_tail(self.segment.size, &self.segment.tail);",
+        "",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: marked for destruction",
+        "objects/sysv.rs",
+        "        if segment.doomed {\n            sysv::remove",
+        "        if false {\n            sysv::remove",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: attached by nobody",
+        "capture/descriptors.rs",
+        "if ours.is_none() && made.contains(&segment.id) {",
+        "if false {",
+        SEGMENTS,
+    ),
+    mutant("segments: gone with the job", "capture/mod.rs", "sysv::remove(&self.files)?;", "", SEGMENTS),
+    mutant(
+        "segments: read-only attaches",
+        "rebuild/files.rs",
+        "let read_only = flags & libc::O_ACCMODE == libc::O_RDONLY;",
+        "let read_only = flags & libc::O_ACCMODE == libc::O_PATH;",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: their creator",
+        "rebuild/segments.rs",
+        "batch.call(\"setresuid\", libc::SYS_setresuid, &[KEEP, uid.into(), KEEP]);",
+        "let _ = uid;",
+        SEGMENTS,
+    ),
+    mutant(
+        "segments: others' attaches",
+        "capture/segments.rs",
+        "outside.extend(ids.map(|id| (id, process.pid)));",
+        "outside.extend(ids.take(0).map(|id| (id, process.pid)));",
+        ("sysv", "segments_that_others_have_attached_are_named"),
+    ),
+    mutant(
+        "segments: a namespace of their own",
+        "rebuild/segments.rs",
+        "if namespace && !wanted.is_empty() {",
+        "if namespace && wanted.is_empty() {",
+        ("sysv", "a_namespace_has_room_for_all_ids"),
     ),
     mutant(
         "memfd seals",

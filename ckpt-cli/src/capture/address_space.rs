@@ -2,7 +2,7 @@
 
 use super::descriptors::Table;
 use crate::tracee::freeze::FrozenProcess;
-use crate::tracee::proc::{self, Map, Maps};
+use crate::tracee::proc::{Map, Maps};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
@@ -72,17 +72,19 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
     if map.by_kernel() {
         return Ok(Backing::Kernel { name: map.path.clone() });
     }
+    if let Some(id) = map.segment() {
+        let file = table.segment(pid, map, id);
+        let file = file.with_context(|| format!("segment {id} at {:x}-{:x}", map.start, map.end))?;
+        return Ok(Backing::SharedFile { file, offset: map.offset });
+    }
     if map.inode == 0 {
         if map.shared {
             bail!("mapping {:x}-{:x} ({}) is shared but has no file", map.start, map.end, map.path);
         }
         return Ok(Backing::Anonymous);
     }
-    let name = format!("map_files/{:x}-{:x}", map.start, map.end);
-    // A shared mapping that may become writable needs a description that is open for writing.
-    let write = map.shared && map.flags.contains(VmFlags::MW);
     let file = table
-        .mapped_file(pid, Some((map.device, map.inode)), &name, write)
+        .mapping(pid, map, (map.device, map.inode))
         .with_context(|| format!("opening what is mapped at {:x}-{:x} ({})", map.start, map.end, map.path))?;
     Ok(if map.shared {
         Backing::SharedFile { file, offset: map.offset }
@@ -114,7 +116,6 @@ fn advice(flags: VmFlags) -> Vec<i32> {
 pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
     match () {
         () if map.flags.contains(VmFlags::HT) => Some(HUGETLBFS),
-        () if map.path.starts_with("/SYSV") => Some("System V shared memory is not supported yet"),
         () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
         () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
         () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
@@ -123,9 +124,8 @@ pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
     }
 }
 
-/// All mappings that cannot be saved, with the reason. Their flags are not read: that walks all page tables.
-pub(super) fn obstacles(pid: i32) -> Result<Vec<(Map, &'static str)>> {
-    let maps = proc::maps(pid).context("reading the mappings")?;
+/// Those of these mappings that cannot be saved, with the reason. Their flags are not read: that walks all page tables.
+pub(super) fn obstacles(pid: i32, maps: &[Map]) -> Vec<(&Map, &'static str)> {
     let mut file_systems = HashMap::new();
     let file = |map: &Map| format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
     let mut by_file = |map: &Map| {
@@ -141,11 +141,6 @@ pub(super) fn obstacles(pid: i32) -> Result<Vec<(Map, &'static str)>> {
                 && std::fs::metadata(file(map)).is_ok_and(|found| found.file_type().is_char_device());
         if on_hugetlbfs { Some(HUGETLBFS) } else { of_device.then_some(DEVICE) }
     };
-    let mut found = Vec::new();
-    for map in maps {
-        if let Some(reason) = obstacle(&map).or_else(|| by_file(&map)) {
-            found.push((map, reason));
-        }
-    }
-    Ok(found)
+    let mut obstacle = |map| obstacle(map).or_else(|| by_file(map));
+    maps.iter().filter_map(|map| Some((map, obstacle(map)?))).collect()
 }

@@ -1,17 +1,20 @@
 //! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
 
-use super::{Connection, Options, plan};
+use super::{Connection, Options, plan, segments};
 use crate::memory::dump::MemoryDump;
 use crate::network::hold::SocketCookie;
+use crate::objects::sysv::{self, Listed};
 use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
+use crate::tracee::proc::Map;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
 use ckpt_common::image::tcp::TcpSocket;
-use ckpt_common::image::{Kind, MemoryId};
+use ckpt_common::image::{Kind, MemoryId, PAGE_SIZE};
+use procfs::process::VmFlags;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -90,6 +93,14 @@ pub(super) struct Table<'a> {
     pending: Vec<Found>,
     files: Vec<OpenFile>,
     mapped: HashMap<(u64, u64, bool), FileId>,
+    /// All processes of the job.
+    job: HashSet<i32>,
+    /// Segments of System V shared memory on this node, as they were when the job stood still.
+    listed: Vec<Listed>,
+    /// How often the job has each attached.
+    attaches: BTreeMap<i32, u64>,
+    /// Descriptions that stand for segments.
+    segments: HashSet<FileId>,
     staged: HashMap<(u64, u64), MemoryId>,
     next: u32,
     pipes: HashSet<u64>,
@@ -117,6 +128,10 @@ impl<'a> Table<'a> {
             pending: Vec::new(),
             files: Vec::new(),
             mapped: HashMap::new(),
+            job: frozen.processes.keys().copied().collect(),
+            listed: sysv::list()?,
+            attaches: BTreeMap::new(),
+            segments: HashSet::new(),
             staged: HashMap::new(),
             next: 0,
             pipes: HashSet::new(),
@@ -184,7 +199,7 @@ impl<'a> Table<'a> {
                     continue;
                 }
                 let captured = self
-                    .capture_one(probe, stdio.contains(&found.id))
+                    .capture_one(found.id, probe, stdio.contains(&found.id))
                     .with_context(|| format!("fd {} of process {} ({})", probe.fd, probe.pid, probe.link))?;
                 self.files.push(open_file(&found, captured)?);
                 if probe.pid == std::process::id() as i32 {
@@ -195,7 +210,7 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
-    fn capture_one(&mut self, probe: &Probe, stdio: bool) -> Result<Captured> {
+    fn capture_one(&mut self, id: FileId, probe: &Probe, stdio: bool) -> Result<Captured> {
         if let Some(what) = plan::outside(probe, self.foreign) {
             let what = if stdio { OutsideKind::Stdio } else { what };
             if stdio || plan::is_request(probe) || self.options.allow.contains(plan::word(what)) {
@@ -206,6 +221,12 @@ impl<'a> Table<'a> {
         match probe.class() {
             Class::PathFile => objects::path_file::capture(probe, self),
             Class::MemoryFile => objects::memory_file::capture(probe, self),
+            Class::SysvMemory if self.segments.contains(&id) => {
+                let listed = std::mem::take(&mut self.listed);
+                let captured = sysv::capture(probe, &listed, segments::inner, self);
+                self.listed = listed;
+                captured
+            }
             Class::Pipe => objects::pipe::capture(probe, &mut self.pipes),
             Class::EventFd => objects::anonymous::capture_eventfd(probe),
             Class::TimerFd => objects::anonymous::capture_timerfd(probe),
@@ -221,7 +242,9 @@ impl<'a> Table<'a> {
                 SocketKind::Udp => Captured::new(&udp::capture(probe.file.as_fd())?),
                 SocketKind::Tcp | SocketKind::Other => bail!("this kind of socket is not supported"),
             },
-            Class::Terminal | Class::Unknown => bail!("this kind of object is not supported"),
+            Class::SysvMemory | Class::Terminal | Class::Unknown => {
+                bail!("this kind of object is not supported")
+            }
         }
     }
 
@@ -274,8 +297,48 @@ impl<'a> Table<'a> {
         Ok(id)
     }
 
+    /// A description for what is mapped there, known by `key`.
+    pub(super) fn mapping(&mut self, pid: i32, map: &Map, key: (u64, u64)) -> Result<FileId> {
+        let name = format!("map_files/{:x}-{:x}", map.start, map.end);
+        // A shared mapping that may become writable needs a description that is open for writing.
+        let write = map.shared && map.flags.contains(VmFlags::MW);
+        self.mapped_file(pid, Some(key), &name, write)
+    }
+
+    /// A description for a System V segment that is attached there.
+    pub(super) fn segment(&mut self, pid: i32, map: &Map, id: i32) -> Result<FileId> {
+        let listed = self.listed.iter().find(|s| s.id == id).context("no segment has this id")?;
+        if map.offset + map.size() > listed.size.next_multiple_of(PAGE_SIZE as u64) {
+            bail!("the mapping reaches behind the segment's end");
+        }
+        let file = self.mapping(pid, map, (sysv::DEVICE, id as u64))?;
+        self.segments.insert(file);
+        *self.attaches.entry(id).or_default() += 1;
+        Ok(file)
+    }
+
+    /// Segments that nobody has attached at the moment, if processes of the job have made them; and none may lead out.
+    fn other_segments(&mut self) -> Result<()> {
+        let made = segments::made_by(&self.listed, &self.job)?;
+        for segment in &self.listed {
+            let ours = self.attaches.get(&segment.id).copied();
+            if segment.attaches > ours.unwrap_or(0) && (ours.is_some() || made.contains(&segment.id)) {
+                bail!("{} leads out of the job since ckpt looked at it first", segment.name());
+            }
+            if ours.is_none() && made.contains(&segment.id) {
+                let probe = Probe::own(sysv::open(segment)?.into())?;
+                let id = FileId(self.next);
+                self.next += 1;
+                self.segments.insert(id);
+                self.pending.push(Found { id, probe });
+            }
+        }
+        Ok(())
+    }
+
     /// The records of all descriptions, but for TCP sockets.
     pub(super) fn finish(mut self) -> Result<(Vec<OpenFile>, Halves)> {
+        self.other_segments()?;
         self.capture()?;
         Ok((self.files, self.halves))
     }

@@ -9,11 +9,13 @@ mod descriptors;
 mod plan;
 mod process;
 mod reference;
+mod segments;
 mod thread;
 
 use crate::memory::dump::{self as memory, Kept, MemoryDump};
 use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
+use crate::objects::sysv;
 use crate::objects::tcp::{CaptureError, Guard};
 use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
@@ -292,6 +294,8 @@ impl Session {
         for tid in threads.into_iter().rev() {
             while !matches!(ptrace::wait(tid, true), Ok(ptrace::Wait::Gone(_)) | Err(_)) {}
         }
+        // They would outlive the job, and be in its way when it comes back.
+        sysv::remove(&self.files)?;
         Ok(Vec::new())
     }
 

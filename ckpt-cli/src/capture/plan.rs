@@ -1,9 +1,9 @@
 //! Before anything is touched: who belongs to the job, and what stands in the way.
 
-use super::{Options, address_space};
+use super::{Options, address_space, segments};
 use crate::objects::{self, Class, Probe, SocketKind, tcp};
 use crate::sys::{kcmp, pidfd};
-use crate::tracee::proc;
+use crate::tracee::proc::{self, Map};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::ProcessSummary;
 use ckpt_common::image::objects::OutsideKind;
@@ -12,7 +12,7 @@ use ckpt_common::image::tcp::Position;
 use ckpt_common::wire::REQUEST_DIRECTORY;
 use nix::sys::socket::{UnixAddr, getpeername};
 use procfs::process::Process as Proc;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
@@ -47,6 +47,8 @@ pub struct Plan {
     pub connections: Vec<Connection>,
     /// Is there any TCP socket?
     pub(super) has_tcp: bool,
+    /// System V segments that the job has attached, by id, with the first process that has it.
+    segments: BTreeMap<i32, i32>,
     /// Sockets seen so far, by inode.
     sockets: HashSet<u64>,
 }
@@ -122,7 +124,7 @@ fn foreign(job: &HashSet<i32>) -> HashSet<u64> {
 }
 
 /// Is the process a descendant of the job, or gone?
-fn descends(pid: i32, job: &HashSet<i32>) -> bool {
+pub(super) fn descends(pid: i32, job: &HashSet<i32>) -> bool {
     let mut at = pid;
     while at > 1 {
         if job.contains(&at) {
@@ -183,6 +185,12 @@ pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
     if plan.processes.is_empty() {
         bail!("no process to checkpoint: {all:?} ended");
     }
+    let mut attached = std::mem::take(&mut plan.segments);
+    for (pid, what, reason) in segments::leading_out(&mut attached, &job)? {
+        let process =
+            plan.processes.iter().find(|p| p.pid == pid).map(|p| p.name.clone()).unwrap_or_default();
+        plan.blockers.push(Blocker { pid, process, what, reason, allow: None });
+    }
     Ok(plan)
 }
 
@@ -221,7 +229,11 @@ impl Check<'_> {
     fn all(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
         self.attributes(proc, parent, job)?;
         self.namespaces()?;
-        for (map, reason) in address_space::obstacles(self.pid)? {
+        let maps = proc::maps(self.pid).context("reading the mappings")?;
+        for id in maps.iter().filter_map(Map::segment) {
+            self.plan.segments.entry(id).or_insert(self.pid);
+        }
+        for (map, reason) in address_space::obstacles(self.pid, &maps) {
             self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
         }
         self.descriptors()
@@ -309,7 +321,9 @@ impl Check<'_> {
                 continue;
             }
             match probe.class() {
-                Class::Unknown => self.block(&what, "this kind of object is not supported"),
+                Class::Unknown | Class::SysvMemory => {
+                    self.block(&what, "this kind of object is not supported")
+                }
                 Class::Socket => match objects::socket_kind(&probe)? {
                     SocketKind::Other => {
                         self.block(&what, "sockets of this family or type are not supported")

@@ -10,7 +10,7 @@ use ckpt_common::image::{
     MemoryId, PAGE_SIZE,
     file::OpenFile,
     manifest::Checkpoint,
-    objects::{FileRestore, MemoryFile, PathFile},
+    objects::{FileRestore, MemoryFile, PathFile, SysvMemory},
     process::{Backing, Process},
 };
 use serde_json::{Value, json};
@@ -124,6 +124,7 @@ fn things(node: &str, number: usize, part: &PartReader) -> Result<Vec<Thing>, Fa
 /// Memory object with the content of a file. One that this version cannot read has none to show.
 fn content(file: &OpenFile) -> Option<MemoryId> {
     match file.kind.as_str() {
+        "sysv-memory" => Some(objects::decode::<SysvMemory>(file.version, &file.payload).ok()?.content),
         "memory-file" => Some(objects::decode::<MemoryFile>(file.version, &file.payload).ok()?.content),
         "path-file" => match objects::decode::<PathFile>(file.version, &file.payload).ok()?.restore {
             FileRestore::Content(id) => Some(id),

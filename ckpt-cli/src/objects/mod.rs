@@ -10,6 +10,7 @@ pub mod inet;
 pub mod memory_file;
 pub mod path_file;
 pub mod pipe;
+pub mod sysv;
 pub mod tcp;
 pub mod udp;
 pub mod unix;
@@ -76,7 +77,7 @@ impl Probe {
             SFlag::S_IFREG if self.link.starts_with("/memfd:") || self.link == "/dev/zero (deleted)" => {
                 Class::MemoryFile
             }
-            SFlag::S_IFREG if self.link.starts_with("/SYSV") => Class::Unknown,
+            SFlag::S_IFREG if self.link.starts_with("/SYSV") => Class::SysvMemory,
             _ if self.link.starts_with("anon_inode:") => match &self.link["anon_inode:".len()..] {
                 "[eventfd]" => Class::EventFd,
                 "[eventpoll]" => Class::Epoll,
@@ -106,6 +107,8 @@ pub enum Class {
     PathFile,
     /// memfd or shared anonymous memory.
     MemoryFile,
+    /// System V shared memory: has no descriptors, but mappings.
+    SysvMemory,
     /// Pipe or FIFO.
     Pipe,
     /// Terminal.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{
     Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, RecordLock, SignalFd,
-    TimerFd,
+    SysvMemory, TimerFd,
 };
 use ckpt_common::image::process::Process;
 use ckpt_common::image::tcp::{TcpSocket, TcpState};
@@ -22,12 +22,24 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+/// What an attach needs to know of a System V segment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Segment {
+    /// Its id.
+    pub(super) id: i32,
+    /// Its size in bytes: whole pages.
+    pub(super) size: u64,
+    /// `SHM_RDONLY`?
+    pub(super) read_only: bool,
+}
+
 /// The rebuilt descriptions.
 pub(super) struct Files {
     files: HashMap<FileId, OwnedFd>,
     epolls: BTreeMap<FileId, (Vec<EpollTarget>, Cell<bool>)>,
     locks: Vec<(FileId, RecordLock)>,
     seals: Vec<(OwnedFd, i32)>,
+    segments: HashMap<FileId, Segment>,
     connections: Vec<tcp::Rebuilt>,
     owners: RefCell<HashMap<FileId, (i32, i32, i32)>>,
     pids: BTreeSet<i32>,
@@ -47,6 +59,7 @@ impl Files {
             epolls: BTreeMap::new(),
             locks: Vec::new(),
             seals: Vec::new(),
+            segments: HashMap::new(),
             connections: Vec::new(),
             owners: records
                 .iter()
@@ -101,6 +114,15 @@ impl Files {
                 }
                 Ok(fd)
             }
+            SysvMemory::KIND => {
+                let segment: SysvMemory = objects::decode(version, payload)?;
+                let size = segment.size.checked_next_multiple_of(PAGE_SIZE as u64);
+                let size = size.context("its size is none")?;
+                let read_only = flags & libc::O_ACCMODE == libc::O_RDONLY;
+                self.segments.insert(record.id, Segment { id: segment.id, size, read_only });
+                // It is attached by its id. What is mapped has a descriptor, and this is none that does anything.
+                Ok(nix::fcntl::open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
+            }
             Pipe::KIND => pipe::rebuild(&objects::decode::<Pipe>(version, payload)?, flags, context),
             EventFd::KIND => anonymous::rebuild_eventfd(&objects::decode(version, payload)?),
             TimerFd::KIND => anonymous::rebuild_timerfd(&objects::decode(version, payload)?),
@@ -148,6 +170,11 @@ impl Files {
             .as_raw_fd())
     }
 
+    /// The System V segment that a description stands for.
+    pub(super) fn segment(&self, id: FileId) -> Option<Segment> {
+        self.segments.get(&id).copied()
+    }
+
     /// The registrations of an epoll, for the first process that has every descriptor it watches.
     pub(super) fn epoll(&self, id: FileId, process: &Process) -> Result<Vec<EpollTarget>> {
         let Some((targets, done)) = self.epolls.get(&id) else { return Ok(Vec::new()) };
@@ -183,6 +210,10 @@ impl Files {
             bail!("epoll {} watches descriptors that no single process has under their numbers", id.0);
         }
         for (fd, seals) in &self.seals {
+            // Sealed by way of another description already, perhaps against more seals.
+            if fcntl(fd, FcntlArg::F_GET_SEALS).context("reading the seals of a memfd")? == *seals {
+                continue;
+            }
             let seals = nix::fcntl::SealFlag::from_bits_retain(*seals);
             fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).context("sealing a memfd")?;
         }
@@ -215,7 +246,7 @@ fn status_flags(fd: &OwnedFd, record: &OpenFile) -> Result<()> {
 }
 
 /// Writes a memory object into a file.
-fn fill(part: &PartReader, memory: MemoryId, file: &File) -> Result<()> {
+pub(super) fn fill(part: &PartReader, memory: MemoryId, file: &File) -> Result<()> {
     let size = file.metadata()?.len();
     // A file that is new or was emptied is zero already: only content is written.
     part.scatter::<anyhow::Error>(&[part.page_map(memory)?], |pieces| {

@@ -6,6 +6,7 @@
 use super::layout::Layout;
 use super::mappings;
 use super::seed::{self, Inheritance};
+use super::segments::Segments;
 use super::spaces::Spaces;
 use super::tree::{self, Helper, Stub, Tree};
 use crate::sys::task;
@@ -43,6 +44,7 @@ impl<'a, 's> Grower<'a, 's> {
     pub(super) fn grow(
         processes: &'a [Process],
         spaces: &'a Spaces<'s>,
+        segments: &mut Segments,
         layout: Layout,
         namespace: bool,
     ) -> Result<Tree> {
@@ -63,7 +65,7 @@ impl<'a, 's> Grower<'a, 's> {
             processes: processes.iter().filter(|p| wanted(p)).map(|p| (p.pid, p)).collect(),
             spaces,
         };
-        let grown = grower.all();
+        let grown = segments.make(grower.stopped(Origin::Seed)?, layout).and_then(|()| grower.all());
         let Self { mut tree, seed, .. } = grower;
         if let Some(seed) = seed {
             tree::kill(seed)?;
@@ -306,7 +308,7 @@ impl<'a, 's> Grower<'a, 's> {
     }
 }
 
-fn taken(error: &anyhow::Error) -> bool {
+pub(super) fn taken(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref::<TraceeError>(),
         Some(TraceeError::Call { source, .. }) if source.raw_os_error() == Some(libc::EEXIST)

@@ -3,7 +3,7 @@
 use super::files::Files;
 use super::seed::{self, Inheritance};
 use super::share::Plan;
-use super::vdso;
+use super::{segments, vdso};
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::FileId;
@@ -61,8 +61,11 @@ pub(super) fn map(
     space: &AddressSpace,
     which: &[usize],
     pulled: &BTreeMap<FileId, u64>,
+    files: &Files,
     inheritance: &Inheritance,
 ) -> Result<()> {
+    let attaches = segments::attaches(space, which, files)?;
+    attaches.iter().try_for_each(|attach| attach.make(leader, inheritance))?;
     let mut batch = Batch::new(inheritance.layout.arena);
     for mapping in which.iter().filter_map(|index| space.mappings.get(*index)) {
         let size = mapping.end.checked_sub(mapping.start).context("a mapping ends before it begins")?;
@@ -72,9 +75,13 @@ pub(super) fn map(
             Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, pulled[file], *offset),
             Backing::SharedFile { file, offset } => (libc::MAP_SHARED, pulled[file], *offset),
         };
-        let flags = (flags | libc::MAP_FIXED_NOREPLACE | mapping.flags) as u64;
-        let name = format!("mapping {:x}-{:x}", mapping.start, mapping.end);
-        batch.call(name, libc::SYS_mmap, &[mapping.start, size, mapping.prot as u64, flags, fd, offset]);
+        let attached =
+            matches!(mapping.backing, Backing::SharedFile { file, .. } if files.segment(file).is_some());
+        if !attached {
+            let flags = (flags | libc::MAP_FIXED_NOREPLACE | mapping.flags) as u64;
+            let name = format!("mapping {:x}-{:x}", mapping.start, mapping.end);
+            batch.call(name, libc::SYS_mmap, &[mapping.start, size, mapping.prot as u64, flags, fd, offset]);
+        }
         for advice in &mapping.advice {
             let name = format!("madvise({advice}) for {:x}-{:x}", mapping.start, mapping.end);
             batch.call(name, libc::SYS_madvise, &[mapping.start, size, *advice as u64]);

@@ -15,6 +15,7 @@ mod mappings;
 mod plan;
 mod process;
 mod seed;
+mod segments;
 mod share;
 mod spaces;
 mod thread;
@@ -99,6 +100,7 @@ pub struct Session {
     obstacles: Vec<Obstacle>,
     namespace: bool,
     tree: Option<tree::Tree>,
+    segments: Option<segments::Segments>,
     built: Option<files::Files>,
 }
 
@@ -109,7 +111,17 @@ impl Session {
         let processes: Vec<Process> = part.read().context("reading the processes")?;
         let files: Vec<OpenFile> = part.read().context("reading the open files")?;
         let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;
-        Ok(Self { part, options, processes, files, obstacles, namespace, tree: None, built: None })
+        Ok(Self {
+            part,
+            options,
+            processes,
+            files,
+            obstacles,
+            namespace,
+            tree: None,
+            segments: None,
+            built: None,
+        })
     }
 
     /// What [`Self::plan`] found in the way.
@@ -140,7 +152,10 @@ impl Session {
         let layout = layout::Layout::choose(&self.processes)?;
         // Kept from here on: what exists is killed when this session is dropped.
         let spaces = spaces::Spaces::new(&self.processes, &self.files, &files, &self.part, self.options.lazy);
-        let tree = self.tree.insert(tree::Tree::grow(&self.processes, &spaces, layout, self.namespace)?);
+        let segments = self.segments.insert(segments::Segments::new(&self.files, self.namespace)?);
+        let tree = tree::Tree::grow(&self.processes, &spaces, segments, layout, self.namespace)?;
+        let tree = self.tree.insert(tree);
+        segments.fill(&self.part)?;
         let mut incomplete = Vec::new();
         for process in self.processes.iter().filter(|p| p.zombie.is_none()) {
             let stub = tree.stub(process.pid)?;
@@ -149,6 +164,7 @@ impl Session {
             incomplete.extend(rest);
         }
         files.seal()?;
+        segments.complete()?;
         if !incomplete.is_empty() {
             let log = (self.options.stdio == Stdio::Log).then_some(self.options.log_directory.as_path());
             server::start(&self.part, &incomplete, log)?;
@@ -165,6 +181,8 @@ impl Session {
     /// Lets the job run. Returns the PIDs of the job's root processes as this node sees them.
     pub fn release(mut self) -> Result<Vec<i32>> {
         let tree = self.tree.take().context("nothing was built")?;
-        tree.release(&self.processes)
+        let roots = tree.release(&self.processes)?;
+        self.segments.take().into_iter().for_each(segments::Segments::keep);
+        Ok(roots)
     }
 }

@@ -1,7 +1,7 @@
 //! Before anything is made: what stands in the way of the restore on this node.
 
 use super::{Options, Pids};
-use crate::objects::{self, path_file};
+use crate::objects::{self, path_file, sysv};
 use crate::tracee::proc;
 use anyhow::Result;
 use ckpt_common::image::Kind;
@@ -36,6 +36,8 @@ pub(super) fn plan(
         Pids::Namespace => true,
         Pids::Same | Pids::Auto => {
             let taken = taken(processes);
+            let segments = segments(files)?;
+            let free = taken.is_empty() && segments.is_empty();
             if options.pids == Pids::Same {
                 for pid in &taken {
                     obstacles.push(Obstacle {
@@ -44,8 +46,9 @@ pub(super) fn plan(
                         reason: "it is in use on this node; use --pids namespace".into(),
                     });
                 }
+                obstacles.extend(segments);
             }
-            !taken.is_empty() && options.pids == Pids::Auto
+            !free && options.pids == Pids::Auto
         }
     };
     let here = crate::sys::cpu::xstate_features();
@@ -89,6 +92,13 @@ pub(super) fn plan(
         }
     }
     Ok((obstacles, namespace))
+}
+
+/// System V segments of the job whose id or key is in use here.
+fn segments(files: &[OpenFile]) -> Result<Vec<Obstacle>> {
+    let (segments, others) = (sysv::records(files)?, sysv::list()?);
+    let found = segments.iter().filter_map(|segment| sysv::obstacle(segment, &others));
+    Ok(found.map(|(what, reason)| Obstacle { pid: None, what, reason }).collect())
 }
 
 /// PIDs and TIDs of the job that are in use here.

@@ -3,6 +3,7 @@
 use super::grow::Grower;
 use super::layout::Layout;
 use super::seed::Inheritance;
+use super::segments::Segments;
 use super::spaces::Spaces;
 use super::thread;
 use crate::sys::{pidfd, ptrace};
@@ -66,10 +67,11 @@ impl Tree {
     pub(super) fn grow(
         processes: &[Process],
         spaces: &Spaces<'_>,
+        segments: &mut Segments,
         layout: Layout,
         namespace: bool,
     ) -> Result<Self> {
-        Grower::grow(processes, spaces, layout, namespace)
+        Grower::grow(processes, spaces, segments, layout, namespace)
     }
 
     /// The stub of a process.

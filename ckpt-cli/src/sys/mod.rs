@@ -17,6 +17,7 @@ pub mod pidfd;
 pub mod ptrace;
 pub mod shared_map;
 pub mod socket;
+pub mod sysv;
 pub mod task;
 pub mod unix_socket;
 pub mod userfaultfd;

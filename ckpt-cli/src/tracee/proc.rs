@@ -45,6 +45,13 @@ impl Map {
     pub fn by_kernel(&self) -> bool {
         self.inode == 0 && self.path.starts_with("[v")
     }
+
+    /// The System V segment whose attach it is. Its id is the inode number, and may be 0 (ipc/shm.c, `newseg`).
+    pub fn segment(&self) -> Option<i32> {
+        let key = self.path.strip_prefix("/SYSV")?.strip_suffix(" (deleted)")?;
+        let is_key = key.len() == 8 && key.bytes().all(|b| b.is_ascii_hexdigit());
+        (self.shared && is_key).then_some(i32::try_from(self.inode).ok()).flatten()
+    }
 }
 
 /// What a process may grow between a look and the freeze: one such piece of what it has.
@@ -242,5 +249,19 @@ VmFlags: ex
         assert!(first.huge && !second.huge);
         assert_eq!((second.prot, second.shared, second.path.as_str()), (0, false, ""));
         assert_eq!(second.flags, VmFlags::MW | VmFlags::GD | VmFlags::NR);
+    }
+
+    #[test]
+    fn attaches_of_segments() {
+        let line = |permissions, inode, path| {
+            header(&format!("7f0000000000-7f0000003000 {permissions} 00000000 00:01 {inode} {path}")).unwrap()
+        };
+        assert_eq!(line("rw-s", 0, "/SYSV00000000 (deleted)").segment(), Some(0));
+        assert_eq!(line("r--s", 98310, "/SYSV0000beef (deleted)").segment(), Some(98310));
+        for (permissions, path) in
+            [("rw-p", "/SYSV0000beef (deleted)"), ("rw-s", "/SYSV0000beef"), ("rw-s", "/SYSVmine (deleted)")]
+        {
+            assert_eq!(line(permissions, 7, path).segment(), None, "{path}");
+        }
     }
 }

@@ -87,6 +87,40 @@ impl Kind for MemoryFile {
     const VERSION: u16 = 1;
 }
 
+/// A segment of System V shared memory (shmget(2)). The mappings of a description are attaches; a description that is
+/// open for reading only stands for `SHM_RDONLY`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SysvMemory {
+    /// Identifier that shmget(2) gave: programs keep it, so the segment has the same one again.
+    pub id: i32,
+    /// Key; `IPC_PRIVATE` (0) where nobody can find it.
+    pub key: i32,
+    /// Size in bytes as given to shmget(2).
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Is it destroyed with its last attach (`SHM_DEST`, after `IPC_RMID`)?
+    pub doomed: bool,
+    /// Is it kept out of swap (`SHM_LOCK`)?
+    pub locked: bool,
+    /// User and group that own it.
+    pub owner: (u32, u32),
+    /// User and group that made it.
+    pub creator: (u32, u32),
+    /// Process that made it, as the job sees it if it is in the job.
+    pub creator_pid: i32,
+    /// What was written behind `size` in the last page, without the zeros at its end.
+    #[serde(with = "serde_bytes")]
+    pub tail: Vec<u8>,
+    /// Where the content is.
+    pub content: MemoryId,
+}
+
+impl Kind for SysvMemory {
+    const KIND: &'static str = "sysv-memory";
+    const VERSION: u16 = 1;
+}
+
 /// One end of a pipe or FIFO.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pipe {
