@@ -11,7 +11,7 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("workloads", &["gcc", "libc6-dev", "make", "python3", "python3-numpy"]),
     ("workloads", &["libopenblas0-pthread", "redis-server", "redis-tools"]),
     ("workloads", &["openjdk-17-jdk-headless", "nodejs", "golang-go", "stress-ng", "ffmpeg"]),
-    ("workloads", &["nginx-light", "wrk", "sqlite3", "xz-utils", "gzip", "coreutils"]),
+    ("workloads", &["postgresql", "nginx-light", "wrk", "sqlite3", "xz-utils", "gzip", "coreutils"]),
 ];
 
 /// Debian's way to keep a package's daemon from being started when it is installed.
