@@ -3,8 +3,34 @@
 #include <dirent.h>
 #include <sys/file.h>
 
+#define NAMES 300
+
+/* Reads names from a directory, a few or all of them: notes those that begin with `n`, and fails if one comes twice. */
+static int names(int directory, int all, char seen[NAMES])
+{
+    char buffer[2048];
+    int length, found = 0;
+
+    while ((length = syscall(SYS_getdents64, directory, buffer, sizeof buffer)) > 0) {
+        for (int at = 0; at < length; at += *(unsigned short *)(buffer + at + 16)) {
+            const char *name = buffer + at + 19;
+            if (name[0] == 'n') {
+                CHECK(!seen[atoi(name + 1)]);
+                seen[atoi(name + 1)] = 1;
+                found++;
+            }
+        }
+        if (!all)
+            break;
+    }
+    CHECK(length >= 0);
+    return found;
+}
+
 int main(void)
 {
+    static char half[NAMES], whole[NAMES];
+    int halfway, done, some;
     char got[64] = { 0 }, path[512];
     int plain = open("plain", O_RDWR | O_CREAT | O_TRUNC, 0640), append = open("append", O_WRONLY | O_APPEND | O_CREAT | O_TRUNC, 0600);
     int gone = open("gone", O_RDWR | O_CREAT | O_TRUNC, 0600), gone2, same, other, directory = open(".", O_RDONLY | O_DIRECTORY);
@@ -21,7 +47,17 @@ int main(void)
     gone2 = open("gone", O_RDONLY);
     CHECK(write(gone, "secret content", 14) == 14 && unlink("gone") == 0);
     CHECK(flock(locked, LOCK_EX) == 0 && fcntl(locked, F_SETLK, &record) == 0);
+    CHECK(mkdir("names", 0700) == 0);
+    for (int i = 0; i < NAMES; i++) {
+        snprintf(path, sizeof path, "names/n%d", i);
+        CHECK(close(open(path, O_WRONLY | O_CREAT, 0600)) == 0);
+    }
+    halfway = open("names", O_RDONLY | O_DIRECTORY);
+    done = open("names", O_RDONLY | O_DIRECTORY);
+    some = names(halfway, 0, half);
+    CHECK(some > 0 && some < NAMES && names(done, 1, whole) == NAMES);
     ready();
+    CHECK(names(halfway, 1, half) == NAMES - some && names(done, 1, whole) == 0);
 
     CHECK(read(plain, got, 2) == 2 && !memcmp(got, "45", 2));
     CHECK(read(same, got, 2) == 2 && !memcmp(got, "67", 2)); /* one position */

@@ -137,6 +137,7 @@ int main(int argc, char **argv)
     if (other == 0) {
         /* Another user makes one that nobody has attached. */
         int id;
+        close(to_other[1]); /* so that it ends with the first one */
         CHECK(setegid(3) == 0 && seteuid(2) == 0);
         id = make(0x5f000000 | getpid(), 5 * PAGE, 0600);
         CHECK(seteuid(0) == 0 && setegid(0) == 0);

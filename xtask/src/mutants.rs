@@ -209,6 +209,13 @@ const MUTANTS: &[Mutant] = &[
         MAPPINGS,
     ),
     mutant(
+        "position in a directory",
+        "objects/path_file.rs",
+        "kind == SFlag::S_IFREG || kind == SFlag::S_IFDIR",
+        "kind == SFlag::S_IFREG",
+        FILES,
+    ),
+    mutant(
         "segments: content",
         "rebuild/segments.rs",
         "self.made.iter().try_for_each(fill)",

@@ -121,7 +121,10 @@ pub fn rebuild(file: &PathFile, flags: i32, context: &mut RebuildContext<'_>) ->
         nix::fcntl::open(path.as_str(), open_flags(flags), Mode::empty())
             .with_context(|| format!("opening {path}"))?
     };
-    if file.mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits() && flags & libc::O_PATH == 0 {
+    // That of a directory says which names have been read.
+    let kind = SFlag::from_bits_truncate(file.mode & SFlag::S_IFMT.bits());
+    let has_position = kind == SFlag::S_IFREG || kind == SFlag::S_IFDIR;
+    if has_position && flags & libc::O_PATH == 0 {
         lseek(&fd, file.position as i64, Whence::SeekSet).with_context(|| format!("seeking in {path}"))?;
     }
     if let Some(kind) = file.flock {
