@@ -193,14 +193,20 @@ impl Session {
         let mut table =
             descriptors::Table::new(&frozen, options, foreign, &mut self.memory, &mut self.guard)?;
         table.capture()?;
-        let mut threads = 0;
+        let (mut threads, mut reaped) = (0, Vec::new());
         for process in frozen.processes.values_mut() {
             threads += process.threads.len();
             let known = self.mappings.entry(process.pid).or_default();
-            let captured = process::capture(process, &mut finder, known, &mut table)
-                .with_context(|| format!("capturing process {}", process.pid))?;
-            self.processes.push(captured);
+            match process::capture(process, &mut finder, known, &mut table) {
+                Ok(captured) => self.processes.push(captured),
+                // A zombie whose parent does not stand still: it is not in the job.
+                Err(_) if process.threads.is_empty() && proc::state(process.pid).is_none() => {
+                    reaped.push(process.pid);
+                }
+                Err(error) => return Err(error.context(format!("capturing process {}", process.pid))),
+            }
         }
+        frozen.processes.retain(|pid, _| !reaped.contains(pid));
         (self.files, self.halves) = table.finish()?;
         self.memory.copy_in_cut()?;
         reference::copy(&frozen).context("making a copy for a test")?;
