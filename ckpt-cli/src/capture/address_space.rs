@@ -2,7 +2,9 @@
 
 use super::descriptors::Table;
 use crate::tracee::freeze::FrozenProcess;
+use crate::sys::io_uring;
 use crate::tracee::proc::{self, Map, Maps};
+use crate::tracee::rings;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use procfs::process::{Process as Proc, VmFlags};
@@ -72,6 +74,11 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
         }
         return Ok(Backing::Anonymous);
     }
+    if map.path.starts_with(rings::PATH) {
+        let file = table.by_inode(map.device, map.inode);
+        let file = file.with_context(|| format!("an io_uring without descriptor is mapped at {:x}", map.start))?;
+        return Ok(Backing::SharedFile { file, offset: map.offset });
+    }
     let name = format!("map_files/{:x}-{:x}", map.start, map.end);
     // A shared mapping that may become writable needs a description that is open for writing.
     let write = map.shared && map.flags.contains(VmFlags::MW);
@@ -107,7 +114,10 @@ pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
         () if map.flags.contains(VmFlags::HT) => Some("memory of hugetlbfs is not supported yet"),
         () if map.path.starts_with("/SYSV") => Some("System V shared memory is not supported yet"),
         () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
-        () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
+        () if map.path.starts_with(rings::PATH) => match map.offset {
+            io_uring::RINGS | io_uring::COMPLETIONS | io_uring::ENTRIES => None,
+            _ => Some("provided buffers of an io_uring are not supported yet"),
+        },
         () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
         () if map.flags.intersects(VmFlags::IO | VmFlags::PF) && !map.by_kernel() => {
             Some("memory of a device cannot be saved")

@@ -3,7 +3,7 @@
 use super::{Options, address_space};
 use crate::objects::{self, Class, Probe, SocketKind, tcp};
 use crate::sys::{kcmp, pidfd};
-use crate::tracee::proc;
+use crate::tracee::{proc, rings};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::ProcessSummary;
 use ckpt_common::image::objects::OutsideKind;
@@ -221,12 +221,17 @@ impl Check<'_> {
     fn all(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
         self.attributes(proc, parent, job)?;
         self.namespaces()?;
-        for map in address_space::maps(self.pid)? {
+        let maps = address_space::maps(self.pid)?;
+        let rings = maps.iter().filter(|map| map.path.starts_with(rings::PATH)).map(|map| map.inode).collect();
+        if let Err(error) = rings::of(self.pid, &maps) {
+            self.block("io_uring", &error.to_string());
+        }
+        for map in maps {
             if let Some(reason) = address_space::obstacle(&map) {
                 self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
             }
         }
-        self.descriptors()
+        self.descriptors(&rings)
     }
 
     fn attributes(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
@@ -297,7 +302,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn descriptors(&mut self) -> Result<()> {
+    /// `mapped`: inodes of the io_uring instances that it has mapped.
+    fn descriptors(&mut self, mapped: &HashSet<u64>) -> Result<()> {
         let process = pidfd::open(self.pid).context("opening a pidfd")?;
         for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid))?.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
@@ -312,6 +318,14 @@ impl Check<'_> {
             }
             match probe.class() {
                 Class::Unknown => self.block(&what, "this kind of object is not supported"),
+                Class::IoUring if !mapped.contains(&probe.stat.st_ino) => {
+                    self.block(&what, "the process has an io_uring that it has not mapped")
+                }
+                Class::IoUring => {
+                    if let Some(reason) = objects::io_uring::obstacle(&probe)? {
+                        self.block(&what, &reason);
+                    }
+                }
                 Class::Socket => match objects::socket_kind(&probe)? {
                     SocketKind::Other => {
                         self.block(&what, "sockets of this family or type are not supported")

@@ -10,6 +10,8 @@ use crate::memory::page_set::PageSet;
 use crate::memory::tracker;
 use crate::sys::userfaultfd::{Userfaultfd, mode};
 use crate::tracee::freeze::Frozen;
+use crate::tracee::healing::Finder;
+use crate::tracee::{proc, rings};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
@@ -47,9 +49,8 @@ fn bytes(range: &Range<u64>) -> (u64, u64) {
 impl Guarded {
     /// Changes the mappings of a stopped process over; gives the listed pages in them.
     fn begin(&mut self, space: &Space, asking: &Userfaultfd) -> Result<PageSet> {
-        let (Some(tracking), list) = (space.tracker(), space.lists.previous()) else {
-            return Ok(PageSet::default());
-        };
+        let Some(tracking) = space.tracker() else { return Ok(PageSet::default()) };
+        let list = space.guardable();
         let mut guarded = PageSet::default();
         for map in space.maps().iter().filter(|map| map.inode == 0 && tracker::is_private(map)) {
             let range = map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64;
@@ -201,8 +202,8 @@ impl Guard for UffdGuard {
 
     fn end(self: Box<Self>, spaces: &BTreeMap<i32, Space>, pids: &[i32]) -> Result<BTreeMap<i32, PageSet>> {
         let mut written = BTreeMap::new();
-        let frozen = self.freeze(spaces, pids).context("stopping the job to track its memory as before")?;
-        let mut result = Ok(());
+        let mut frozen = self.freeze(spaces, pids).context("stopping the job to track its memory as before")?;
+        let (mut result, mut finder) = (Ok(()), Finder::default());
         for (pid, guarded) in self.processes {
             let Some((space, asking, tracking)) =
                 spaces.get(&pid).and_then(|space| Some((space, space.asking()?, space.tracker()?)))
@@ -210,6 +211,14 @@ impl Guard for UffdGuard {
                 continue;
             };
             let mut pages = guarded.unprotected;
+            // What a request under way writes late would be missed, if its pages were protected again.
+            let quiet = match frozen.processes.get_mut(&pid).filter(|process| !process.threads.is_empty()) {
+                Some(process) => proc::maps(pid)
+                    .map_err(anyhow::Error::from)
+                    .and_then(|maps| rings::settle(process, &mut finder, &maps))
+                    .is_ok_and(|states| states.is_some()),
+                None => true,
+            };
             for (start, end) in guarded.mappings {
                 let range = start / PAGE_SIZE as u64..end / PAGE_SIZE as u64;
                 let all = PageSet::from_iter([range]);
@@ -217,6 +226,10 @@ impl Guard for UffdGuard {
                     // Mappings may have been changed since; what is not registered counts as written the next time.
                     let _ = asking.unregister(start, end);
                     let _ = tracking.userfaultfd().register(start, end, mode::WP);
+                    if !quiet {
+                        // Unprotected, everything counts as written the next time.
+                        return Ok(PageSet::default());
+                    }
                     Ok(tracking.protect(space.pagemap(), start..end)?.difference(&unwritten))
                 });
                 match changed {
