@@ -148,6 +148,11 @@ fn quiet(pid: i32, rings: &[i32]) -> io::Result<Option<Vec<State>>> {
     Ok(states.filter(|states| states.iter().all(State::is_quiet)))
 }
 
+/// Is certainly no request under way in a stopped process?
+pub fn are_quiet(pid: i32, maps: &Maps) -> bool {
+    of(pid, maps).and_then(|rings| quiet(pid, &rings)).is_ok_and(|states| states.is_some())
+}
+
 /// Waits for the end of what is under way in a stopped process, for a few milliseconds; gives the states of its rings,
 /// or nothing if it did not end.
 ///

@@ -10,7 +10,6 @@ use crate::memory::page_set::PageSet;
 use crate::memory::tracker;
 use crate::sys::userfaultfd::{Userfaultfd, mode};
 use crate::tracee::freeze::Frozen;
-use crate::tracee::healing::Finder;
 use crate::tracee::{proc, rings};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::PAGE_SIZE;
@@ -202,8 +201,8 @@ impl Guard for UffdGuard {
 
     fn end(self: Box<Self>, spaces: &BTreeMap<i32, Space>, pids: &[i32]) -> Result<BTreeMap<i32, PageSet>> {
         let mut written = BTreeMap::new();
-        let mut frozen = self.freeze(spaces, pids).context("stopping the job to track its memory as before")?;
-        let (mut result, mut finder) = (Ok(()), Finder::default());
+        let frozen = self.freeze(spaces, pids).context("stopping the job to track its memory as before")?;
+        let mut result = Ok(());
         for (pid, guarded) in self.processes {
             let Some((space, asking, tracking)) =
                 spaces.get(&pid).and_then(|space| Some((space, space.asking()?, space.tracker()?)))
@@ -211,14 +210,9 @@ impl Guard for UffdGuard {
                 continue;
             };
             let mut pages = guarded.unprotected;
-            // What a request under way writes late would be missed, if its pages were protected again.
-            let quiet = match frozen.processes.get_mut(&pid).filter(|process| !process.threads.is_empty()) {
-                Some(process) => proc::maps(pid)
-                    .map_err(anyhow::Error::from)
-                    .and_then(|maps| rings::settle(process, &mut finder, &maps))
-                    .is_ok_and(|states| states.is_some()),
-                None => true,
-            };
+            // What a request under way writes late would be missed, if its pages were protected again. It is not
+            // waited for: it may need our answer to a fault.
+            let quiet = proc::maps(pid).is_ok_and(|maps| rings::are_quiet(pid, &maps));
             for (start, end) in guarded.mappings {
                 let range = start / PAGE_SIZE as u64..end / PAGE_SIZE as u64;
                 let all = PageSet::from_iter([range]);
