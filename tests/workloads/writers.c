@@ -1,7 +1,7 @@
 // Writes to memory in one of several ways, for ever, so that a copy of it is never easy to take.
 //   writers KIND THREADS MIB huge|small
 // KIND: random, sequential, noise (random content), file, direct, shared, churn, uring (direct reads by io_uring, several
-// at a time), uring-fixed (the same into a registered buffer). Says "ready" when it has begun.
+// at a time), uring-fixed (the same, now and then into a registered buffer). Says "ready" when it has begun.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -95,13 +95,19 @@ static void rings(uint64_t *state, int fixed) {
     // The first quarter is for reads, the rest for us.
     size_t places = size / 4 / BLOCK;
     struct iovec buffer = {memory, size / 4};
-    if (fixed && syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1)) fail("registering");
     unsigned made = 0, seen = 0;
-    for (;;) {
+    int registered = 0;
+    for (unsigned round = 0;; round++) {
+        // What was registered at one checkpoint need not be at the next.
+        if (fixed && round % 1024 == 0) {
+            registered = !registered;
+            if (registered && syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1)) fail("registering");
+            if (!registered && syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, 0, 0)) fail("unregistering");
+        }
         while (made - seen < DEPTH) {
             unsigned at = made & (p.sq_entries - 1);
             char *into = memory + number(state) % places * BLOCK;
-            entries[at] = (struct io_uring_sqe){.opcode = fixed ? IORING_OP_READ_FIXED : IORING_OP_READ, .fd = data,
+            entries[at] = (struct io_uring_sqe){.opcode = registered ? IORING_OP_READ_FIXED : IORING_OP_READ, .fd = data,
                 .addr = (uintptr_t)into, .len = BLOCK, .off = number(state) % 256 * 4096, .user_data = made};
             array[at] = at;
             made++;
