@@ -97,3 +97,22 @@ fn old_content_kept_by_userfaultfd() -> Result<()> {
 fn everything_copied_in_the_cut() -> Result<()> {
     way("stop")
 }
+
+fn by_io_uring(kind: &str) -> Result<()> {
+    for way in ["bpf", "uffd", "stop"] {
+        for threads in ["1", "4"] {
+            holds(way, kind, threads, "small")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn reads_by_io_uring_that_are_under_way() -> Result<()> {
+    by_io_uring("uring")
+}
+
+#[test]
+fn reads_by_io_uring_into_registered_buffers() -> Result<()> {
+    by_io_uring("uring-fixed")
+}

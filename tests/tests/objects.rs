@@ -171,3 +171,8 @@ print('pass', flush=True)
     ensure!(job.output()? == "ready\npass\n", "{}", job.output()?);
     Ok(())
 }
+
+#[test]
+fn io_uring_with_registered_buffers() -> Result<()> {
+    survives("rings")
+}

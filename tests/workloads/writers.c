@@ -1,10 +1,11 @@
 // Writes to memory in one of several ways, for ever, so that a copy of it is never easy to take.
 //   writers KIND THREADS MIB huge|small
-// KIND: random, slow (random, few), sequential, noise (random content), file, direct, shared, sysv, churn. Says "ready" when it
-// has begun.
+// KIND: random, slow (random, few), sequential, noise (random content), file, direct, shared, sysv, churn, uring (direct reads
+// by io_uring, several at a time), uring-fixed (the same, now and then into a registered buffer). Says "ready" when it has begun.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -13,6 +14,8 @@
 #include <sys/mman.h>
 #include <sys/shm.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -76,9 +79,63 @@ static void churn(uint64_t *state) {
     }
 }
 
+// Direct reads by io_uring, DEPTH always under way, while we write to other pages. Never returns.
+enum { DEPTH = 4, BLOCK = 4 * 4096 };
+
+static void rings(uint64_t *state, int fixed) {
+    struct io_uring_params p = {0};
+    int ring = syscall(SYS_io_uring_setup, DEPTH, &p);
+    if (ring < 0) fail("io_uring_setup");
+    char *queues = mmap(0, p.sq_off.array + p.sq_entries * 4, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQ_RING);
+    struct io_uring_sqe *entries =
+        mmap(0, p.sq_entries * sizeof *entries, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQES);
+    if (queues == MAP_FAILED || entries == MAP_FAILED) fail("mapping a ring");
+    unsigned *array = (unsigned *)(queues + p.sq_off.array), *tail = (unsigned *)(queues + p.sq_off.tail);
+    unsigned *head = (unsigned *)(queues + p.cq_off.head), *done = (unsigned *)(queues + p.cq_off.tail);
+    struct io_uring_cqe *completions = (struct io_uring_cqe *)(queues + p.cq_off.cqes);
+    // The first quarter is for reads, the rest for us.
+    size_t places = size / 4 / BLOCK;
+    struct iovec buffer = {memory, size / 4};
+    unsigned made = 0, seen = 0;
+    int registered = 0;
+    for (unsigned round = 0;; round++) {
+        // What was registered at one checkpoint need not be at the next.
+        if (fixed && round % 1024 == 0) {
+            registered = !registered;
+            if (registered && syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1)) fail("registering");
+            if (!registered && syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, 0, 0)) fail("unregistering");
+        }
+        while (made - seen < DEPTH) {
+            unsigned at = made & (p.sq_entries - 1);
+            char *into = memory + number(state) % places * BLOCK;
+            entries[at] = (struct io_uring_sqe){.opcode = registered ? IORING_OP_READ_FIXED : IORING_OP_READ, .fd = data,
+                .addr = (uintptr_t)into, .len = BLOCK, .off = number(state) % 256 * 4096, .user_data = made};
+            array[at] = at;
+            made++;
+        }
+        unsigned new = made - __atomic_load_n(tail, __ATOMIC_RELAXED);
+        __atomic_store_n(tail, made, __ATOMIC_RELEASE);
+        while (new) {
+            int taken = syscall(SYS_io_uring_enter, ring, new, 0, 0, 0, 0);
+            if (taken < 0 && errno != EINTR) fail("io_uring_enter");
+            if (taken > 0) new -= taken;
+        }
+        for (int i = 0; i < 8; i++) fill(memory + size / 4 + number(state) % (size / 4096 * 3 / 4) * 4096, number(state));
+        if (__atomic_load_n(done, __ATOMIC_ACQUIRE) == seen
+            && syscall(SYS_io_uring_enter, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0) < 0 && errno != EINTR)
+            fail("io_uring_enter");
+        for (; seen != __atomic_load_n(done, __ATOMIC_ACQUIRE); seen++) {
+            struct io_uring_cqe *completion = &completions[seen & (p.cq_entries - 1)];
+            if (completion->res != BLOCK) errno = -completion->res, fail("reading by io_uring");
+        }
+        __atomic_store_n(head, seen, __ATOMIC_RELEASE);
+    }
+}
+
 static void *work(void *argument) {
     uint64_t state = 88172645463325252ull + (uintptr_t)argument * 7919;
     size_t pages = size / 4096, next = number(&state) % pages;
+    if (!strncmp(kind, "uring", 5)) rings(&state, !strcmp(kind, "uring-fixed"));
     for (;;) {
         if (!strcmp(kind, "sequential")) {
             fill(memory + next * 4096, number(&state));
@@ -112,7 +169,8 @@ int main(int argc, char **argv) {
     size = (size_t)atoi(argv[3]) << 20;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS, fd = -1;
     if (!strcmp(kind, "shared")) flags = MAP_SHARED | MAP_ANONYMOUS;
-    if (!strcmp(kind, "file") || !strcmp(kind, "direct")) {
+    int direct = !strcmp(kind, "direct") || !strncmp(kind, "uring", 5);
+    if (!strcmp(kind, "file") || direct) {
         fd = open("writers.data", O_RDWR | O_CREAT | O_TRUNC, 0600);
         if (fd < 0) fail("open");
         char *page = malloc(4096);
@@ -122,7 +180,7 @@ int main(int argc, char **argv) {
         }
         fsync(fd);
     }
-    if (!strcmp(kind, "direct")) {
+    if (direct) {
         data = open("writers.data", O_RDONLY | O_DIRECT);
         if (data < 0) fail("open O_DIRECT");
         close(fd);

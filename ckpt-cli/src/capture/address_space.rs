@@ -1,8 +1,10 @@
 //! One address space: its mappings, and the pages that only it has.
 
 use super::descriptors::Table;
+use crate::sys::io_uring;
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::proc::{Map, Maps};
+use crate::tracee::rings;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
@@ -83,6 +85,12 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
         }
         return Ok(Backing::Anonymous);
     }
+    if map.path.starts_with(rings::PATH) {
+        let file = table.by_inode(map.device, map.inode);
+        let file =
+            file.with_context(|| format!("an io_uring without descriptor is mapped at {:x}", map.start))?;
+        return Ok(Backing::SharedFile { file, offset: map.offset });
+    }
     let file = table
         .mapping(pid, map, (map.device, map.inode))
         .with_context(|| format!("opening what is mapped at {:x}-{:x} ({})", map.start, map.end, map.path))?;
@@ -117,7 +125,10 @@ pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
     match () {
         () if map.flags.contains(VmFlags::HT) => Some(HUGETLBFS),
         () if map.path.starts_with("/[aio]") => Some("contexts of io_setup(2) are not supported yet"),
-        () if map.path.starts_with("anon_inode:[io_uring]") => Some("io_uring is not supported yet"),
+        () if map.path.starts_with(rings::PATH) => match map.offset {
+            io_uring::RINGS | io_uring::COMPLETIONS | io_uring::ENTRIES => None,
+            _ => Some("provided buffers of an io_uring are not supported yet"),
+        },
         () if map.path.starts_with("anon_inode:") => Some("this kernel object is not supported"),
         () if map.flags.intersects(VmFlags::IO | VmFlags::PF) && !map.by_kernel() => Some(DEVICE),
         () => None,

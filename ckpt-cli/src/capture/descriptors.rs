@@ -15,7 +15,7 @@ use ckpt_common::image::process::Descriptor;
 use ckpt_common::image::tcp::TcpSocket;
 use ckpt_common::image::{Kind, MemoryId, PAGE_SIZE};
 use procfs::process::VmFlags;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -232,6 +232,7 @@ impl<'a> Table<'a> {
             Class::TimerFd => objects::anonymous::capture_timerfd(probe),
             Class::SignalFd => objects::anonymous::capture_signalfd(probe),
             Class::Epoll => objects::epoll::capture(probe, self),
+            Class::IoUring => objects::io_uring::capture(probe),
             Class::Socket => match objects::socket_kind(probe)? {
                 SocketKind::Unix => {
                     let peers = std::mem::take(&mut self.unix);
@@ -268,6 +269,20 @@ impl<'a> Table<'a> {
     /// The descriptor table of a process.
     pub(super) fn descriptors(&self, pid: i32) -> Vec<Descriptor> {
         self.descriptors.get(&pid).cloned().unwrap_or_default()
+    }
+
+    /// What a descriptor of some process refers to that is on this device (major << 32 | minor), with this inode.
+    pub(super) fn by_inode(&self, device: u64, inode: u64) -> Option<FileId> {
+        let device = nix::sys::stat::makedev(device >> 32, device & u64::from(u32::MAX));
+        self.groups.get(&(device, inode))?.first().map(|(_, _, id)| *id)
+    }
+
+    /// Processes that have an io_uring.
+    pub(super) fn with_rings(&self) -> BTreeSet<i32> {
+        let rings = self.pending.iter().filter(|found| found.probe.class() == Class::IoUring);
+        let rings: HashSet<FileId> = rings.map(|found| found.id).collect();
+        let has = |table: &Vec<Descriptor>| table.iter().any(|d| rings.contains(&d.file));
+        self.descriptors.iter().filter(|(_, table)| has(table)).map(|(pid, _)| *pid).collect()
     }
 
     /// The memory of the job.

@@ -20,8 +20,12 @@ use crate::objects::tcp::{CaptureError, Guard};
 use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
 use crate::tracee::proc::{self, Maps};
-use crate::tracee::{freeze::Frozen, healing::Finder};
-use anyhow::{Context as _, Result};
+use crate::tracee::rings;
+use crate::tracee::{
+    freeze::{Frozen, FrozenProcess},
+    healing::Finder,
+};
+use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::{BTreeMap, BTreeSet};
@@ -169,7 +173,8 @@ impl Session {
                 Ok(report) => return Ok(report),
                 Err(error) => error,
             };
-            let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
+            let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient)
+                || error.is::<rings::Busy>();
             if !passes || tries == TRIES {
                 return Err(error);
             }
@@ -192,6 +197,11 @@ impl Session {
         let (options, foreign) = (&self.options, &self.plan.foreign);
         let mut table =
             descriptors::Table::new(&frozen, options, foreign, &mut self.memory, &mut self.guard)?;
+        for pid in table.with_rings() {
+            if let Some(process) = frozen.processes.get_mut(&pid) {
+                settle(process, &mut finder).with_context(|| format!("capturing process {pid}"))?;
+            }
+        }
         table.capture()?;
         let (mut threads, mut reaped) = (0, Vec::new());
         for process in frozen.processes.values_mut() {
@@ -315,6 +325,25 @@ impl Session {
     fn take_memory(&mut self) -> MemoryDump {
         std::mem::replace(&mut self.memory, MemoryDump::new(self.options.memory, None, Vec::new()))
     }
+}
+
+/// Waits until no request of a process to an io_uring is under way. It must not have registered the ring with a number
+/// of its own.
+fn settle(process: &mut FrozenProcess, finder: &mut Finder) -> Result<()> {
+    let pid = process.pid;
+    let maps = proc::maps(pid).context("reading the mappings")?;
+    rings::settle(process, finder, &maps)?.ok_or(rings::Busy { pid })?;
+    process.with_arena(finder, &maps, |threads, arena| {
+        for thread in threads {
+            if rings::are_registered(thread, arena)? {
+                bail!(
+                    "thread {} has registered an io_uring (IORING_REGISTER_RING_FDS): not supported yet",
+                    thread.tid
+                );
+            }
+        }
+        Ok(())
+    })
 }
 
 impl Drop for Session {

@@ -4,6 +4,7 @@ use super::{Options, address_space, segments};
 use crate::objects::{self, Class, Probe, SocketKind, tcp};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::proc::{self, Map};
+use crate::tracee::rings;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::ProcessSummary;
 use ckpt_common::image::objects::OutsideKind;
@@ -233,10 +234,15 @@ impl Check<'_> {
         for id in maps.iter().filter_map(Map::segment) {
             self.plan.segments.entry(id).or_insert(self.pid);
         }
+        let rings =
+            maps.iter().filter(|map| map.path.starts_with(rings::PATH)).map(|map| map.inode).collect();
+        if let Err(error) = rings::of(self.pid, &maps) {
+            self.block("io_uring", &error.to_string());
+        }
         for (map, reason) in address_space::obstacles(self.pid, &maps) {
             self.block(&format!("mapping {:x}-{:x} {}", map.start, map.end, map.path), reason);
         }
-        self.descriptors()
+        self.descriptors(&rings)
     }
 
     fn attributes(&mut self, proc: &Proc, parent: i32, job: &HashSet<i32>) -> Result<()> {
@@ -307,7 +313,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn descriptors(&mut self) -> Result<()> {
+    /// `mapped`: inodes of the io_uring instances that it has mapped.
+    fn descriptors(&mut self, mapped: &HashSet<u64>) -> Result<()> {
         let process = pidfd::open(self.pid).context("opening a pidfd")?;
         for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid))?.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
@@ -323,6 +330,14 @@ impl Check<'_> {
             match probe.class() {
                 Class::Unknown | Class::SysvMemory => {
                     self.block(&what, "this kind of object is not supported")
+                }
+                Class::IoUring if !mapped.contains(&probe.stat.st_ino) => {
+                    self.block(&what, "the process has an io_uring that it has not mapped")
+                }
+                Class::IoUring => {
+                    if let Some(reason) = objects::io_uring::obstacle(&probe)? {
+                        self.block(&what, &reason);
+                    }
                 }
                 Class::Socket => match objects::socket_kind(&probe)? {
                     SocketKind::Other => {

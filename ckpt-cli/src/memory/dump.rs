@@ -327,7 +327,7 @@ impl MemoryDump {
                 true => space.lists.commit(),
                 false => space.lists.abort(),
             }
-            space.lists.written(&space.written_later);
+            space.note_unnoticed();
             let memory = if committed { Some(space.id) } else { space.base };
             let (pid, started, modified) = (space.pid, space.started, space.lists.modified());
             if let (Some(memory), Some(tracker)) = (memory, space.into_tracker()) {

@@ -9,6 +9,7 @@ use crate::sys::userfaultfd::Userfaultfd;
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
 use crate::tracee::proc::{Map, Maps};
+use crate::tracee::rings;
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
 use std::fs::File;
@@ -53,6 +54,9 @@ pub struct Space {
     pub statistics: Statistics,
     /// Pages that were written after the cut, unnoticed by the tracker.
     pub written_later: PageSet,
+    /// Pages that were, at a look or the cut, buffers registered with an io_uring: devices and the kernel write to them
+    /// without a fault.
+    pinned: PageSet,
     tracker: Option<Tracker>,
     /// A userfaultfd that lets write faults wait for us, if there is to be one.
     asking: Option<Userfaultfd>,
@@ -85,6 +89,7 @@ impl Space {
             own: PageSet::default(),
             statistics: Statistics::default(),
             written_later: PageSet::default(),
+            pinned: PageSet::default(),
             tracker: None,
             asking: None,
             wants_asking: false,
@@ -143,6 +148,12 @@ impl Space {
         self.maps.iter().filter(|map| map.inode == 0 && tracker::is_private(map)).map(range).collect()
     }
 
+    /// Pages that are to be saved after the cut, and whose old content can be kept when they are written before: a write
+    /// to a pinned page is not noticed.
+    pub fn guardable(&self) -> PageSet {
+        self.lists.previous().difference(&self.pinned)
+    }
+
     /// Reads its memory.
     ///
     /// # Errors
@@ -151,7 +162,8 @@ impl Space {
         self.mem.read_exact_at(into, address)
     }
 
-    /// Looks at the stopped process and notes what was written, until `deadline`; false if there is more.
+    /// Looks at the stopped process and notes what was written, until `deadline`; false if there is more. Where requests
+    /// to an io_uring are under way, nothing is noted, and what was written stays marked for the next look.
     ///
     /// # Errors
     /// The process is gone.
@@ -163,6 +175,9 @@ impl Space {
     ) -> Result<bool> {
         if !self.prepare(frozen, finder, Some(deadline))? {
             return Ok(false);
+        }
+        if !self.settle(frozen, finder)? {
+            return Ok(true);
         }
         let from = self.resume.unwrap_or(0);
         let Some(tracker) = &mut self.tracker else { return Ok(true) };
@@ -189,7 +204,7 @@ impl Space {
         deadline: Instant,
     ) -> Result<()> {
         self.sampled.clear();
-        if !self.prepare(frozen, finder, Some(deadline))? {
+        if !self.prepare(frozen, finder, Some(deadline))? || !self.settle(frozen, finder)? {
             return Ok(());
         }
         let Some(tracker) = &mut self.tracker else { return Ok(()) };
@@ -215,13 +230,16 @@ impl Space {
     /// The process is gone.
     pub fn cut(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder, maps: &Maps) -> Result<()> {
         self.prepare(frozen, finder, None)?;
+        if !self.settle(frozen, finder)? {
+            return Err(rings::Busy { pid: self.pid }.into());
+        }
         self.maps.clone_from(maps);
         let Scan { own, written } = match &mut self.tracker {
             Some(tracker) => tracker.scan(&self.pagemap, maps, &tracker::windows(maps, WINDOW), None)?.0,
             None => tracker::look(&self.pagemap, maps)?,
         };
         self.started = started(self.pid)?;
-        self.lists.written(&written);
+        self.lists.written(&written.union(&self.pinned.intersection(&own)));
         self.lists.swap();
         self.own = own;
         Ok(())
@@ -231,6 +249,21 @@ impl Space {
     pub fn uncut(&mut self) {
         self.lists.swap_back();
         self.own = PageSet::default();
+    }
+
+    /// Waits until no request to an io_uring is under way, and notes what is pinned; false if they do not end in time.
+    fn settle(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) -> Result<bool> {
+        let Some(states) = rings::settle(frozen, finder, &self.maps)? else { return Ok(false) };
+        let pinned: PageSet = states.iter().flat_map(rings::State::pinned).collect();
+        self.pinned = self.pinned.union(&pinned);
+        Ok(true)
+    }
+
+    /// The dump ends: what was written unnoticed counts for the next one. Pinned pages may have been since the cut, and
+    /// need not be pinned any more when it begins.
+    pub fn note_unnoticed(&mut self) {
+        let unnoticed = self.written_later.union(&self.pinned);
+        self.lists.written(&unnoticed);
     }
 
     /// Has everything registered that the stopped process has mapped, with a tracker of its present address space;

@@ -7,6 +7,7 @@
 pub mod anonymous;
 pub mod epoll;
 pub mod inet;
+pub mod io_uring;
 pub mod memory_file;
 pub mod path_file;
 pub mod pipe;
@@ -83,6 +84,7 @@ impl Probe {
                 "[eventpoll]" => Class::Epoll,
                 "[timerfd]" => Class::TimerFd,
                 "[signalfd]" => Class::SignalFd,
+                "[io_uring]" => Class::IoUring,
                 _ => Class::Unknown,
             },
             SFlag::S_IFREG | SFlag::S_IFDIR | SFlag::S_IFLNK => Class::PathFile,
@@ -123,6 +125,8 @@ pub enum Class {
     SignalFd,
     /// epoll.
     Epoll,
+    /// io_uring.
+    IoUring,
     /// Not supported.
     Unknown,
 }

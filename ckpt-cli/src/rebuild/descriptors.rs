@@ -7,6 +7,8 @@ use anyhow::{Context as _, Result};
 use ckpt_common::image::process::Process;
 use std::collections::BTreeSet;
 
+// io_uring_register(2)
+const IORING_REGISTER_BUFFERS: u64 = 0;
 // fcntl(2)
 const F_SETOWN_EX: u64 = 15;
 const F_SETSIG: u64 = 10;
@@ -49,6 +51,25 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
             );
             leader.flush(&mut batch)?;
         }
+    }
+    let mut registered = BTreeSet::new();
+    for descriptor in process.fds.iter().filter(|descriptor| registered.insert(descriptor.file)) {
+        // struct iovec: address, length
+        let buffers = files.buffers(descriptor.file, process);
+        let words = buffers.iter().flat_map(|(start, len)| [start.to_ne_bytes(), len.to_ne_bytes()]);
+        let words: Vec<u8> = words.flatten().collect();
+        if words.is_empty() {
+            continue;
+        }
+        if !batch.fits(words.len() + 4096) {
+            leader
+                .run(std::mem::replace(&mut batch, Batch::new(inheritance.layout.arena)), false)?
+                .all_ok()?;
+        }
+        let (fd, at) = (descriptor.fd as u64, batch.bytes(&words));
+        let args = [fd, IORING_REGISTER_BUFFERS, at, buffers.len() as u64];
+        batch.call(format!("the buffers of io_uring fd {fd}"), libc::SYS_io_uring_register, &args);
+        leader.flush(&mut batch)?;
     }
     for descriptor in &process.fds {
         let Some((kind, pid, signal)) = files.owner(descriptor.file) else { continue };

@@ -1,15 +1,18 @@
 //! All open file descriptions of a part, made in our own table.
 
 use super::{Network, Options, Stdio};
-use crate::objects::{self, RebuildContext, anonymous, epoll, memory_file, path_file, pipe, tcp, udp, unix};
+use crate::objects::{
+    self, RebuildContext, anonymous, epoll, io_uring, memory_file, path_file, pipe, tcp, udp, unix,
+};
 use crate::store::PartReader;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
+use ckpt_common::image::io_uring::IoUring;
 use ckpt_common::image::objects::{
     Epoll, EpollTarget, EventFd, MemoryFile, Outside, OutsideKind, PathFile, Pipe, RecordLock, SignalFd,
     SysvMemory, TimerFd,
 };
-use ckpt_common::image::process::Process;
+use ckpt_common::image::process::{Backing, Process};
 use ckpt_common::image::tcp::{TcpSocket, TcpState};
 use ckpt_common::image::udp::UdpSocket;
 use ckpt_common::image::unix::UnixSocket;
@@ -37,12 +40,16 @@ pub(super) struct Segment {
 pub(super) struct Files {
     files: HashMap<FileId, OwnedFd>,
     epolls: BTreeMap<FileId, (Vec<EpollTarget>, Cell<bool>)>,
+    /// Buffers registered with each io_uring.
+    rings: BTreeMap<FileId, Vec<(u64, u64)>>,
     locks: Vec<(FileId, RecordLock)>,
     seals: Vec<(OwnedFd, i32)>,
     segments: HashMap<FileId, Segment>,
     connections: Vec<tcp::Rebuilt>,
     owners: RefCell<HashMap<FileId, (i32, i32, i32)>>,
     pids: BTreeSet<i32>,
+    /// For what is mapped shared, the first process that has it mapped.
+    first_with: HashMap<FileId, i32>,
 }
 
 impl Files {
@@ -57,6 +64,7 @@ impl Files {
         let mut all = Self {
             files: HashMap::new(),
             epolls: BTreeMap::new(),
+            rings: BTreeMap::new(),
             locks: Vec::new(),
             seals: Vec::new(),
             segments: HashMap::new(),
@@ -67,6 +75,7 @@ impl Files {
                 .map(|r| (r.id, r.owner))
                 .collect::<HashMap<_, _>>()
                 .into(),
+            first_with: first_with(processes),
             pids: processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid)).collect(),
         };
         let mut fill = |memory: MemoryId, file: &File| fill(part, memory, file);
@@ -132,6 +141,12 @@ impl Files {
                 self.epolls.insert(record.id, (targets, Cell::new(false)));
                 epoll::rebuild()
             }
+            IoUring::KIND => {
+                let ring: IoUring = objects::decode(version, payload)?;
+                let fd = io_uring::rebuild(&ring)?;
+                self.rings.insert(record.id, ring.buffers);
+                Ok(fd)
+            }
             UnixSocket::KIND => sockets.get(objects::decode::<UnixSocket>(version, payload)?.inode),
             UdpSocket::KIND => udp::rebuild(&objects::decode(version, payload)?, &network.addresses),
             TcpSocket::KIND => self.connection(objects::decode(version, payload)?, network),
@@ -186,6 +201,24 @@ impl Files {
         Ok(targets.clone())
     }
 
+    /// Is it an io_uring?
+    pub(super) fn is_ring(&self, id: FileId) -> bool {
+        self.rings.contains_key(&id)
+    }
+
+    /// Buffers to be registered with an io_uring by this process: of those that have the ring mapped, which are several after
+    /// a fork, the first.
+    pub(super) fn buffers(&self, id: FileId, process: &Process) -> &[(u64, u64)] {
+        let Some(buffers) = self.rings.get(&id) else { return &[] };
+        if self.first_with.get(&id) == Some(&process.pid) { buffers } else { &[] }
+    }
+
+    /// Ranges of addresses that this process registers as buffers: they cannot come later.
+    pub(super) fn pinned(&self, process: &Process) -> Vec<(u64, u64)> {
+        let all = self.rings.keys().flat_map(|id| self.buffers(*id, process));
+        all.map(|(start, len)| (*start, start.saturating_add(*len))).collect()
+    }
+
     /// Who gets `SIGIO` for a description: (type, pid, signal). The first process that asks is told, to set it.
     pub(super) fn owner(&self, id: FileId) -> Option<(i32, i32, i32)> {
         self.owners.borrow_mut().remove(&id)
@@ -219,6 +252,18 @@ impl Files {
         }
         Ok(())
     }
+}
+
+fn first_with(processes: &[Process]) -> HashMap<FileId, i32> {
+    let mut first = HashMap::new();
+    for process in processes {
+        for mapping in &process.mm.mappings {
+            if let Backing::SharedFile { file, .. } = mapping.backing {
+                first.entry(file).or_insert(process.pid);
+            }
+        }
+    }
+    first
 }
 
 fn is_listening(record: &OpenFile) -> bool {

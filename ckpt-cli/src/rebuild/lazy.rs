@@ -2,7 +2,7 @@
 
 use ckpt_common::image::PAGE_SIZE;
 use ckpt_common::image::pages::{PageRun, Source};
-use ckpt_common::image::process::{Backing, Process};
+use ckpt_common::image::process::{Backing, Mapping, Process};
 use std::collections::BTreeSet;
 
 /// A process with less memory than this, in pages, gets it at once.
@@ -10,9 +10,15 @@ const LEAST: u64 = 256;
 
 /// Ranges of addresses whose pages may follow: private anonymous memory that is not locked. (A private page of a file
 /// cannot be missing for userfaultfd: the file's is there.)
-pub(super) fn ranges(process: &Process, pages: &[PageRun]) -> Vec<(u64, u64)> {
+///
+/// Nor what is `pinned`: the kernel takes the pages that are there.
+pub(super) fn ranges(process: &Process, pages: &[PageRun], pinned: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let (mut ranges, mut all) = (Vec::new(), 0);
-    for mapping in process.mm.mappings.iter().filter(|m| m.backing == Backing::Anonymous && m.locked == 0) {
+    let may_follow = |m: &&Mapping| {
+        let is_pinned = pinned.iter().any(|(start, end)| *start < m.end && *end > m.start);
+        m.backing == Backing::Anonymous && m.locked == 0 && !is_pinned
+    };
+    for mapping in process.mm.mappings.iter().filter(may_follow) {
         let (start, end) = (mapping.start / PAGE_SIZE as u64, mapping.end / PAGE_SIZE as u64);
         let first = pages.partition_point(|run| run.end() <= start);
         let within = pages[first..].iter().take_while(|run| run.page.get() < end);

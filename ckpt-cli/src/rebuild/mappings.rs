@@ -1,13 +1,14 @@
 //! The address space of a stub: its mappings, and the fields of `mm`.
 
 use super::files::Files;
+use super::rings;
 use super::seed::{self, Inheritance};
 use super::share::Plan;
 use super::{segments, vdso};
 use crate::tracee::{Batch, Stopped};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::FileId;
-use ckpt_common::image::process::{AddressSpace, Backing};
+use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use std::collections::BTreeMap;
 
 const PR_SET_MM: u64 = 35;
@@ -60,8 +61,8 @@ pub(super) fn map(
     leader: &mut Stopped,
     space: &AddressSpace,
     which: &[usize],
-    pulled: &BTreeMap<FileId, u64>,
     files: &Files,
+    pulled: &BTreeMap<FileId, u64>,
     inheritance: &Inheritance,
 ) -> Result<()> {
     let attaches = segments::attaches(space, which, files)?;
@@ -73,6 +74,7 @@ pub(super) fn map(
             Backing::Kernel { .. } => continue,
             Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, u64::MAX, 0),
             Backing::PrivateFile { file, offset } => (libc::MAP_PRIVATE, pulled[file], *offset),
+            Backing::SharedFile { file, .. } if files.is_ring(*file) => continue,
             Backing::SharedFile { file, offset } => (libc::MAP_SHARED, pulled[file], *offset),
         };
         let attached =
@@ -82,13 +84,28 @@ pub(super) fn map(
             let name = format!("mapping {:x}-{:x}", mapping.start, mapping.end);
             batch.call(name, libc::SYS_mmap, &[mapping.start, size, mapping.prot as u64, flags, fd, offset]);
         }
-        for advice in &mapping.advice {
-            let name = format!("madvise({advice}) for {:x}-{:x}", mapping.start, mapping.end);
-            batch.call(name, libc::SYS_madvise, &[mapping.start, size, *advice as u64]);
-        }
+        advise(&mut batch, mapping);
         leader.flush(&mut batch)?;
     }
-    Ok(leader.run(batch, false)?.all_ok()?)
+    leader.run(batch, false)?.all_ok()?;
+    for mapping in which.iter().filter_map(|index| space.mappings.get(*index)) {
+        let Backing::SharedFile { file, offset } = mapping.backing else { continue };
+        if files.is_ring(file) {
+            rings::place(leader, mapping, pulled[&file], offset, inheritance)?;
+            let mut batch = Batch::new(inheritance.layout.arena);
+            advise(&mut batch, mapping);
+            leader.run(batch, false)?.all_ok()?;
+        }
+    }
+    Ok(())
+}
+
+fn advise(batch: &mut Batch, mapping: &Mapping) {
+    for advice in &mapping.advice {
+        let name = format!("madvise({advice}) for {:x}-{:x}", mapping.start, mapping.end);
+        let args = [mapping.start, mapping.end - mapping.start, *advice as u64];
+        batch.call(name, libc::SYS_madvise, &args);
+    }
 }
 
 /// Changes the mappings of a clone, up to those that have to be made.

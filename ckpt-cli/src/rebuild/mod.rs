@@ -14,6 +14,7 @@ mod lazy;
 mod mappings;
 mod plan;
 mod process;
+mod rings;
 mod seed;
 mod segments;
 mod share;

@@ -139,7 +139,11 @@ impl<'a> Spaces<'a> {
             Some(other) => self.plan(other, own.space, own.pages)?.is_some(),
             None => false,
         };
-        let later = if self.lazy && !shares { lazy::ranges(process, own.pages) } else { Vec::new() };
+        let later = if self.lazy && !shares {
+            lazy::ranges(process, own.pages, &self.files.pinned(process))
+        } else {
+            Vec::new()
+        };
         let now = match later.is_empty() {
             true => Cow::Borrowed(own.pages),
             false => Cow::Owned(lazy::at_once(process, own.pages, &later)),
@@ -188,7 +192,7 @@ impl<'a> Spaces<'a> {
     ) -> Result<()> {
         let pulled = mappings::pull(leader, &mappings::mapped(space), self.files, inheritance)?;
         let all: Vec<usize> = (0..space.mappings.len()).collect();
-        mappings::map(leader, space, &all, &pulled, self.files, inheritance)?;
+        mappings::map(leader, space, &all, self.files, &pulled, inheritance)?;
         mappings::fields(leader, space, pulled.get(&space.exe).copied(), inheritance)?;
         huge::prepare(leader, inheritance.layout, space, pages)?;
         content::fill(leader.pid, space, self.part, pages)?;
@@ -209,7 +213,7 @@ impl<'a> Spaces<'a> {
             _ => None,
         });
         let pulled = mappings::pull(leader, &mappings::numbered(files), self.files, inheritance)?;
-        mappings::map(leader, space, &plan.map, &pulled, self.files, inheritance)?;
+        mappings::map(leader, space, &plan.map, self.files, &pulled, inheritance)?;
         // The executable is the same, and the kernel's mappings are where they belong.
         mappings::fields(leader, space, None, inheritance)?;
         let mut batch = Batch::new(inheritance.layout.arena);

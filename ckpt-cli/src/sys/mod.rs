@@ -9,6 +9,7 @@ pub mod clone;
 pub mod cpu;
 pub mod fork;
 pub mod guard;
+pub mod io_uring;
 pub mod ioctl;
 pub mod kcmp;
 pub mod memory;

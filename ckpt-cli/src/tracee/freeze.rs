@@ -126,7 +126,7 @@ impl Freezer {
             return Ok(());
         }
         for tid in proc::threads(pid).unwrap_or_default() {
-            if self.seized.contains(&tid) {
+            if self.seized.contains(&tid) || (tid != pid && proc::is_kernels(pid, tid)) {
                 continue;
             }
             match ptrace::seize(tid, OPTIONS) {

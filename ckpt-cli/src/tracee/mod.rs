@@ -9,6 +9,7 @@ pub mod freeze;
 pub mod healing;
 pub mod proc;
 pub mod registers;
+pub mod rings;
 mod stopped;
 
 pub use batch::{Arena, Batch, Done};

@@ -1,5 +1,6 @@
 //! What /proc says about a process, in the form that capture and rebuild need.
 
+use crate::sys::task;
 use procfs::process::{Process, VmFlags};
 use std::fs::File;
 use std::io::Read as _;
@@ -182,6 +183,19 @@ pub fn threads(pid: i32) -> std::io::Result<Vec<i32>> {
     }
     tids.sort_unstable_by_key(|tid| (*tid != pid, *tid));
     Ok(tids)
+}
+
+/// Is it a thread that the kernel has made in the process for work of its own, as for io_uring? A signal would show in
+/// the results of what it does, and it has no program to stop.
+pub fn is_kernels(pid: i32, tid: i32) -> bool {
+    /// linux/sched.h
+    const PF_IO_WORKER: u32 = 0x10;
+    // It has no list of robust futexes, and hardly any other thread has none.
+    if !task::robust_list(tid).is_ok_and(|(head, _)| head == 0) {
+        return false;
+    }
+    let stat = Process::new(pid).and_then(|process| process.task_from_tid(tid)).and_then(|task| task.stat());
+    stat.is_ok_and(|stat| stat.flags & PF_IO_WORKER != 0)
 }
 
 /// Children of all threads of a process (CONFIG_PROC_CHILDREN); none where the process is gone.

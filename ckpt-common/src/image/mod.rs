@@ -7,6 +7,7 @@
 pub mod digest;
 pub mod error;
 pub mod file;
+pub mod io_uring;
 pub mod manifest;
 pub mod objects;
 pub mod pack;

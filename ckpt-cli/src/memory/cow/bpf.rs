@@ -135,7 +135,7 @@ impl Loaded {
                 namespaces.len() - 1
             });
             // A page that was dropped from a file mapping stays protected, and would be taken for what it was.
-            let list = space.lists.previous().intersection(&space.anonymous());
+            let list = space.guardable().intersection(&space.anonymous());
             let list = &list;
             let mut taken = PageSet::default();
             for range in closed(list).ranges() {

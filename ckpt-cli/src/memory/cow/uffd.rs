@@ -10,6 +10,7 @@ use crate::memory::page_set::PageSet;
 use crate::memory::tracker;
 use crate::sys::userfaultfd::{Userfaultfd, mode};
 use crate::tracee::freeze::Frozen;
+use crate::tracee::{proc, rings};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
@@ -47,9 +48,8 @@ fn bytes(range: &Range<u64>) -> (u64, u64) {
 impl Guarded {
     /// Changes the mappings of a stopped process over; gives the listed pages in them.
     fn begin(&mut self, space: &Space, asking: &Userfaultfd) -> Result<PageSet> {
-        let (Some(tracking), list) = (space.tracker(), space.lists.previous()) else {
-            return Ok(PageSet::default());
-        };
+        let Some(tracking) = space.tracker() else { return Ok(PageSet::default()) };
+        let list = space.guardable();
         let mut guarded = PageSet::default();
         for map in space.maps().iter().filter(|map| map.inode == 0 && tracker::is_private(map)) {
             let range = map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64;
@@ -215,6 +215,9 @@ impl Guard for UffdGuard {
                 continue;
             };
             let mut pages = guarded.unprotected;
+            // What a request under way writes late would be missed, if its pages were protected again. It is not
+            // waited for: it may need our answer to a fault.
+            let quiet = proc::maps(pid).is_ok_and(|maps| rings::are_quiet(pid, &maps));
             for (start, end) in guarded.mappings {
                 let range = start / PAGE_SIZE as u64..end / PAGE_SIZE as u64;
                 let all = PageSet::from_iter([range]);
@@ -222,6 +225,10 @@ impl Guard for UffdGuard {
                     // Mappings may have been changed since; what is not registered counts as written the next time.
                     let _ = asking.unregister(start, end);
                     let _ = tracking.userfaultfd().register(start, end, mode::WP);
+                    if !quiet {
+                        // Unprotected, everything counts as written the next time.
+                        return Ok(PageSet::default());
+                    }
                     Ok(tracking.protect(space.pagemap(), start..end)?.difference(&unwritten))
                 });
                 match changed {
