@@ -1,8 +1,8 @@
 //! One address space: its mappings, and the pages that only it has.
 
 use super::descriptors::Table;
-use crate::tracee::freeze::FrozenProcess;
 use crate::sys::io_uring;
+use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::proc::{self, Map, Maps};
 use crate::tracee::rings;
 use anyhow::{Context as _, Result, bail};
@@ -76,7 +76,8 @@ fn backing(pid: i32, map: &Map, table: &mut Table<'_>) -> Result<Backing> {
     }
     if map.path.starts_with(rings::PATH) {
         let file = table.by_inode(map.device, map.inode);
-        let file = file.with_context(|| format!("an io_uring without descriptor is mapped at {:x}", map.start))?;
+        let file =
+            file.with_context(|| format!("an io_uring without descriptor is mapped at {:x}", map.start))?;
         return Ok(Backing::SharedFile { file, offset: map.offset });
     }
     let name = format!("map_files/{:x}-{:x}", map.start, map.end);

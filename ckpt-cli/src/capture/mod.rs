@@ -19,7 +19,10 @@ use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
 use crate::tracee::proc::{self, Maps};
 use crate::tracee::rings;
-use crate::tracee::{freeze::{Frozen, FrozenProcess}, healing::Finder};
+use crate::tracee::{
+    freeze::{Frozen, FrozenProcess},
+    healing::Finder,
+};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
@@ -323,7 +326,10 @@ fn settle(process: &mut FrozenProcess, finder: &mut Finder) -> Result<()> {
     process.with_arena(finder, &maps, |threads, arena| {
         for thread in threads {
             if rings::are_registered(thread, arena)? {
-                bail!("thread {} has registered an io_uring (IORING_REGISTER_RING_FDS): not supported yet", thread.tid);
+                bail!(
+                    "thread {} has registered an io_uring (IORING_REGISTER_RING_FDS): not supported yet",
+                    thread.tid
+                );
             }
         }
         Ok(())

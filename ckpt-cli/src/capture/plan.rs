@@ -222,7 +222,8 @@ impl Check<'_> {
         self.attributes(proc, parent, job)?;
         self.namespaces()?;
         let maps = address_space::maps(self.pid)?;
-        let rings = maps.iter().filter(|map| map.path.starts_with(rings::PATH)).map(|map| map.inode).collect();
+        let rings =
+            maps.iter().filter(|map| map.path.starts_with(rings::PATH)).map(|map| map.inode).collect();
         if let Err(error) = rings::of(self.pid, &maps) {
             self.block("io_uring", &error.to_string());
         }

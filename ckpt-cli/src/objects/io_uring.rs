@@ -82,14 +82,17 @@ fn look(probe: &Probe, state: &State, groups: u16) -> Result<Result<Found, Strin
     match ring::why_no_eventfd(fd) {
         libc::EFAULT => {}
         libc::EBUSY => return no("an eventfd registered with an io_uring is not supported yet"),
-        libc::EEXIST => return no("a ring for one thread only (IORING_SETUP_SINGLE_ISSUER) is not supported yet"),
+        libc::EEXIST => {
+            return no("a ring for one thread only (IORING_SETUP_SINGLE_ISSUER) is not supported yet");
+        }
         libc::EACCES => return no("restrictions of an io_uring cannot be seen from outside"),
         error => return Ok(Err(format!("it does not say how it was made (error {error})"))),
     }
     if ring::enter(fd, 0, 0, 0).is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD)) {
         return no("it is not enabled yet (IORING_SETUP_R_DISABLED)");
     }
-    let (known, params) = ring::setup(state.sq_entries, state.cq_entries, 0).context("making an io_uring like it")?;
+    let (known, params) =
+        ring::setup(state.sq_entries, state.cq_entries, 0).context("making an io_uring like it")?;
     let has = |fd, group| ring::buffer_group(fd, group).err().and_then(|error| error.raw_os_error());
     // Where a ring without any does not say so, the kernel cannot tell.
     if has(known.as_fd(), 0) == Some(libc::ENOENT) && (0..groups).any(|n| has(fd, n) != Some(libc::ENOENT)) {
@@ -167,11 +170,14 @@ pub fn rebuild(old: &IoUring) -> Result<OwnedFd> {
     ensure!(fits, "an io_uring with queues of {} and {}", old.sq_entries, old.cq_entries);
     let (fd, params) = ring::setup(old.sq_entries, old.cq_entries, old.flags).context("io_uring_setup")?;
     ensure!(
-        params.offsets() == old.offsets && old.rings.len() == params.rings_len() && old.entries.len() == params.entries_len(),
+        params.offsets() == old.offsets
+            && old.rings.len() == params.rings_len()
+            && old.entries.len() == params.entries_len(),
         "rings of io_uring are laid out in another way by this kernel, and the program looks where they were before"
     );
     let rings = Area::map(fd.as_fd(), ring::RINGS, params.rings_len()).context("mapping an io_uring")?;
-    let entries = Area::map(fd.as_fd(), ring::ENTRIES, params.entries_len()).context("mapping an io_uring")?;
+    let entries =
+        Area::map(fd.as_fd(), ring::ENTRIES, params.entries_len()).context("mapping an io_uring")?;
     lead(&fd, &params, &rings, old)?;
     rings.write(&old.rings).context("filling the queues of an io_uring")?;
     entries.write(&old.entries).context("filling an io_uring")?;

@@ -62,7 +62,9 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
             continue;
         }
         if !batch.fits(words.len() + 4096) {
-            leader.run(std::mem::replace(&mut batch, Batch::new(inheritance.layout.arena)), false)?.all_ok()?;
+            leader
+                .run(std::mem::replace(&mut batch, Batch::new(inheritance.layout.arena)), false)?
+                .all_ok()?;
         }
         let (fd, at) = (descriptor.fd as u64, batch.bytes(&words));
         let args = [fd, IORING_REGISTER_BUFFERS, at, buffers.len() as u64];

@@ -1,7 +1,9 @@
 //! All open file descriptions of a part, made in our own table.
 
 use super::{Network, Options, Stdio};
-use crate::objects::{self, RebuildContext, anonymous, epoll, io_uring, memory_file, path_file, pipe, tcp, udp, unix};
+use crate::objects::{
+    self, RebuildContext, anonymous, epoll, io_uring, memory_file, path_file, pipe, tcp, udp, unix,
+};
 use crate::store::PartReader;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};

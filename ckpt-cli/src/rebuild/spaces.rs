@@ -139,7 +139,11 @@ impl<'a> Spaces<'a> {
             Some(other) => self.plan(other, own.space, own.pages)?.is_some(),
             None => false,
         };
-        let later = if self.lazy && !shares { lazy::ranges(process, own.pages, &self.files.pinned(process)) } else { Vec::new() };
+        let later = if self.lazy && !shares {
+            lazy::ranges(process, own.pages, &self.files.pinned(process))
+        } else {
+            Vec::new()
+        };
         let now = match later.is_empty() {
             true => Cow::Borrowed(own.pages),
             false => Cow::Owned(lazy::at_once(process, own.pages, &later)),

@@ -106,7 +106,15 @@ pub fn setup(sq_entries: u32, cq_entries: u32, flags: u32) -> io::Result<(OwnedF
 pub fn enter(ring: BorrowedFd<'_>, submit: u32, wait: u32, flags: u32) -> io::Result<u32> {
     // SAFETY: plain numbers and no pointer; what the entries say is the caller's business.
     let taken = unsafe {
-        libc::syscall(libc::SYS_io_uring_enter, ring.as_raw_fd(), submit, wait, flags, std::ptr::null::<u8>(), 0)
+        libc::syscall(
+            libc::SYS_io_uring_enter,
+            ring.as_raw_fd(),
+            submit,
+            wait,
+            flags,
+            std::ptr::null::<u8>(),
+            0,
+        )
     };
     check(taken).map(|taken| taken as u32)
 }
@@ -115,8 +123,9 @@ pub fn enter(ring: BorrowedFd<'_>, submit: u32, wait: u32, flags: u32) -> io::Re
 pub fn why_no_eventfd(ring: BorrowedFd<'_>) -> i32 {
     const REGISTER_EVENTFD: u32 = 4;
     // SAFETY: the kernel copies four bytes from the address, where nothing is mapped, and refuses.
-    let done =
-        check(unsafe { libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), REGISTER_EVENTFD, 1, 1) });
+    let done = check(unsafe {
+        libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), REGISTER_EVENTFD, 1, 1)
+    });
     done.err().and_then(|error| error.raw_os_error()).unwrap_or(0)
 }
 
