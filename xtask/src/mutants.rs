@@ -51,8 +51,39 @@ const SOCKETS: (&str, &str) = ("sockets", "sockets_of_every_state_come_back");
 const SEGMENTS: (&str, &str) = ("sysv", "segments_come_back_with_the_same_ids");
 const CLOSED: (&str, &str) = ("closed", "a_closed_end_on_another_node_is_closed_again");
 const GUARDED: (&str, &str) = ("closed", "a_killed_agent_leaves_no_socket_in_repair_mode");
+const RINGS: (&str, &str) = ("objects", "io_uring_with_registered_buffers");
+const UNDER_WAY: (&str, &str) = ("memory", "reads_by_io_uring_that_are_under_way");
+const REGISTERED: (&str, &str) = ("memory", "reads_by_io_uring_into_registered_buffers");
 
 const MUTANTS: &[Mutant] = &[
+    mutant(
+        "waiting for requests to an io_uring",
+        "memory/space.rs",
+        "        if !self.settle(frozen, finder)? {\n            return Ok(true);\n        }\n",
+        "",
+        UNDER_WAY,
+    ),
+    mutant(
+        "pages that an io_uring has pinned",
+        "memory/space.rs",
+        "written.union(&self.pinned.intersection(&own))",
+        "written",
+        REGISTERED,
+    ),
+    mutant(
+        "guarding pages that an io_uring has pinned",
+        "memory/space.rs",
+        "self.lists.previous().difference(&self.pinned)",
+        "self.lists.previous().clone()",
+        REGISTERED,
+    ),
+    mutant(
+        "buffers registered with an io_uring",
+        "rebuild/files.rs",
+        "self.rings.insert(record.id, ring.buffers);",
+        "self.rings.insert(record.id, Vec::new());",
+        RINGS,
+    ),
     mutant(
         "registers",
         "rebuild/thread.rs",

@@ -360,3 +360,23 @@ pub fn started(pid: i32) -> Result<u64> {
     let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
     Ok(stat.with_context(|| format!("looking at process {pid}"))?.starttime)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pinned_pages_are_not_guarded_and_count_for_the_next_dump() {
+        let mut space = Space::new(std::process::id() as i32, MemoryId(0)).unwrap();
+        space.pinned = PageSet::from_iter(std::iter::once(5..7));
+        let all = PageSet::from_iter(std::iter::once(0..10));
+        space.lists.written(&all);
+        space.lists.swap();
+        assert_eq!(space.guardable().ranges(), [0..5, 7..10]);
+        space.lists.save(&all);
+        space.lists.commit();
+        // From the cut to now, they may have been written, and not be pinned any more when the next dump begins.
+        space.note_unnoticed();
+        assert_eq!(space.lists.modified(), space.pinned);
+    }
+}

@@ -10,7 +10,9 @@
 //!
 //! [`Tracker::scan`] protects pages only while the process is stopped. A page into which a device writes by direct
 //! I/O is marked as written when the transfer begins; if it were protected again before the end, what arrives late
-//! would be lost. A stopped process has no transfer under way: read(2) with `O_DIRECT` returns before it stops.
+//! would be lost. A stopped process has no transfer under way: read(2) with `O_DIRECT` returns before it stops, and
+//! requests to an io_uring are waited for ([`crate::tracee::rings`]). Buffers that are registered with one stay pinned,
+//! and are written without a mark: [`super::space`] takes them as written.
 
 use super::page_set::PageSet;
 use crate::sys::pagemap::{self, Query, Region, category};
