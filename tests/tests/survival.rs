@@ -1,13 +1,17 @@
 //! Whatever happens to ckpt in a dump: the job runs on unharmed, and no modified page is forgotten.
 
 use anyhow::{Context, Result, ensure};
+use ckpt_cli::tracee::Batch;
+use ckpt_cli::tracee::{freeze::Frozen, healing::Finder};
 use ckpt_tests::job::Job;
 use ckpt_tests::proof;
 use std::fs;
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
+/// Names the process in which a ckpt is to die.
+const VICTIM: &str = "CKPT_TEST_VICTIM";
 /// Times that a dump is killed at a random instant.
 const KILLS: u32 = 500;
 
@@ -34,6 +38,21 @@ fn states(pid: i32) -> Result<String> {
         states.extend(stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()));
     }
     Ok(states)
+}
+
+/// What each thread is doing, for a message.
+fn doing(pid: i32) -> String {
+    let mut all = String::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let status = read("status");
+        let lines = status.lines().filter(|line| {
+            ["State", "SigPnd", "ShdPnd", "SigBlk", "TracerPid"].iter().any(|key| line.starts_with(key))
+        });
+        let lines: Vec<&str> = lines.collect();
+        all += &format!("\n{:?}: {} {}", task.file_name(), lines.join(", "), read("syscall").trim_end());
+    }
+    all
 }
 
 /// Mappings that are writable and executable: such as ckpt has in a process for a moment.
@@ -91,7 +110,9 @@ fn killed_at_random_instants() -> Result<()> {
         }
         dump.wait()?;
         let deadline = Instant::now() + Duration::from_secs(20);
-        while agents.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+        // Whoever takes their last word may be slow: a zombie has ended.
+        let lives = |pid: &i32| ckpt_cli::tracee::proc::state(*pid).is_some_and(|state| state != 'Z');
+        while agents.iter().any(lives) {
             ensure!(Instant::now() < deadline, "an agent does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -114,7 +135,47 @@ fn killed_at_random_instants() -> Result<()> {
     let after = now()?;
     ensure!(after == before, "{after:?} mappings and descriptors instead of {before:?}");
     job.signal(libc::SIGUSR1)?;
-    job.wait()?;
+    job.wait().with_context(|| format!("seed {first}: {}", doing(job.pid())))?;
+    let output = job.output()?;
+    ensure!(output.ends_with("pass\n"), "seed {first}, {}: {output}", job.status());
+    Ok(())
+}
+
+/// Not a test: what is run and killed by the one below.
+#[test]
+fn a_ckpt_that_dies_between_batches() -> Result<()> {
+    let Ok(pid) = std::env::var(VICTIM) else { return Ok(()) };
+    let pid: i32 = pid.parse()?;
+    let mut frozen = Frozen::freeze(&[pid])?;
+    let maps = ckpt_cli::tracee::proc::maps(pid)?;
+    let process = frozen.processes.get_mut(&pid).context("it is not frozen")?;
+    process.with_arena(&mut Finder::default(), &maps, |threads, arena| {
+        for thread in threads {
+            let mut batch = Batch::new(arena);
+            batch.call("getpid", libc::SYS_getpid, &[]);
+            thread.run(batch, true)?.all_ok()?;
+        }
+        kill(std::process::id() as i32);
+        Ok(())
+    })
+}
+
+/// Each thread goes on as itself, although all have used the same memory.
+#[test]
+fn killed_between_batches() -> Result<()> {
+    let mut job = Job::new("threads")?;
+    let program = job.build("threads")?;
+    job.start(&[&program, "6"])?;
+    job.until_output("ready")?;
+    for _ in 0..10 {
+        let mut dying = Command::new(std::env::current_exe()?);
+        dying.args(["--exact", "a_ckpt_that_dies_between_batches"]).env(VICTIM, job.pid().to_string());
+        let status = dying.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        ensure!(status.signal() == Some(libc::SIGKILL), "{status}");
+        job.pause(30);
+    }
+    job.signal(libc::SIGUSR1)?;
+    job.wait().with_context(|| doing(job.pid()))?;
     let output = job.output()?;
     ensure!(output.ends_with("pass\n"), "{}: {output}", job.status());
     Ok(())

@@ -233,6 +233,11 @@ impl Stopped {
                 at_pause(stop);
             }
         }
+        if heal {
+            // The frame in the arena is the next thread's as soon as it runs a batch: where we were killed then, this one
+            // would go on as that.
+            self.give_back()?;
+        }
         batch.load(self.pid, self.tid)
     }
 
