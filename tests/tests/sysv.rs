@@ -112,7 +112,8 @@ fn a_namespace_has_room_for_all_ids() -> Result<()> {
         }
         // The namespace goes with the last process in it, and with that the segments.
         for process in ckpt_cli::tracee::proc::tree(inside.parse()?) {
-            kill(Pid::from_raw(process), Signal::SIGKILL)?;
+            // The first one may have taken the others with it.
+            let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
         }
     }
     // The first job has noticed nothing.
