@@ -16,7 +16,8 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// Maps `size` bytes, in huge pages where the kernel has them to spare.
+    /// Maps `size` bytes. Huge pages are not asked for: where memory is in pieces, the kernel would move others' pages
+    /// about for each of them, which takes several times as long as the copy.
     ///
     /// # Errors
     /// No address space, or a size of zero.
@@ -27,10 +28,8 @@ impl Arena {
         let at = NonNull::new(at.cast()).filter(|_| at != libc::MAP_FAILED);
         let arena = Self { at: at.ok_or_else(io::Error::last_os_error)?, size };
         // Not for children: a fork(2) would copy page tables and turn every write into a fault.
-        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTFORK] {
-            // SAFETY: advice about exactly this mapping, which does not change its content here.
-            unsafe { libc::madvise(arena.at.as_ptr().cast(), size, advice) };
-        }
+        // SAFETY: advice about exactly this mapping, which does not change its content here.
+        unsafe { libc::madvise(arena.at.as_ptr().cast(), size, libc::MADV_DONTFORK) };
         Ok(arena)
     }
 

@@ -107,6 +107,8 @@ impl Bench {
             Way::Nothing => std::thread::sleep(UNDISTURBED),
         }
         let end = now();
+        // The next way shall not wait for what this one leaves the disk to do.
+        nix::unistd::sync();
         // A pause is noted when it is over.
         std::thread::sleep(SETTLES);
         let mut cost = writer.window(start, end)?.cost(&writer.window(before, start)?);
