@@ -138,7 +138,7 @@ pub(super) fn obstacle(map: &Map) -> Option<&'static str> {
 /// Those of these mappings that cannot be saved, with the reason. Their flags are not read: that walks all page tables.
 pub(super) fn obstacles(pid: i32, maps: &[Map]) -> Vec<(&Map, &'static str)> {
     let mut file_systems = HashMap::new();
-    let file = |map: &Map| format!("/proc/{pid}/map_files/{:x}-{:x}", map.start, map.end);
+    let file = |map: &Map| format!("/proc/{pid}/{}", map.link());
     let mut by_file = |map: &Map| {
         let on_hugetlbfs = map.inode != 0
             && *file_systems.entry(map.device).or_insert_with(|| {

@@ -7,7 +7,7 @@ use crate::objects::sysv::{self, Listed};
 use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
-use crate::tracee::proc::Map;
+use crate::tracee::proc::{self, Map};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
@@ -223,7 +223,7 @@ impl<'a> Table<'a> {
             Class::MemoryFile => objects::memory_file::capture(probe, self),
             Class::SysvMemory if self.segments.contains(&id) => {
                 let listed = std::mem::take(&mut self.listed);
-                let captured = sysv::capture(probe, &listed, segments::inner, self);
+                let captured = sysv::capture(probe, &listed, |pid| proc::inner(pid).unwrap_or(pid), self);
                 self.listed = listed;
                 captured
             }
@@ -314,10 +314,9 @@ impl<'a> Table<'a> {
 
     /// A description for what is mapped there, known by `key`.
     pub(super) fn mapping(&mut self, pid: i32, map: &Map, key: (u64, u64)) -> Result<FileId> {
-        let name = format!("map_files/{:x}-{:x}", map.start, map.end);
         // A shared mapping that may become writable needs a description that is open for writing.
         let write = map.shared && map.flags.contains(VmFlags::MW);
-        self.mapped_file(pid, Some(key), &name, write)
+        self.mapped_file(pid, Some(key), &map.link(), write)
     }
 
     /// A description for a System V segment that is attached there.

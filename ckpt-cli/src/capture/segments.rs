@@ -13,12 +13,6 @@ use std::time::SystemTime;
 /// How far the clocks that a segment's age and a process's age come from may be apart, in seconds.
 const CLOCKS: u64 = 2;
 
-/// The PID that a process has for itself, where it is there.
-pub(super) fn inner(pid: i32) -> i32 {
-    let status = Proc::new(pid).and_then(|p| p.status());
-    status.ok().and_then(|status| status.nspid?.last().copied()).unwrap_or(pid)
-}
-
 /// Ids of segments that processes of the job have made.
 ///
 /// A segment outlives its creator, whose PID may be another's by now: what was made before a process began is not its.

@@ -294,12 +294,7 @@ impl MemoryDump {
 
     /// What a job that stays frozen has left for now.
     fn copy_frozen(&mut self, part: &mut PartWriter) -> Result<()> {
-        let previous = |space: &Space| pieces(space.lists.previous(), STREAMED);
-        let todo: Vec<_> = self
-            .spaces
-            .values()
-            .flat_map(|space| previous(space).into_iter().map(|piece| (space.pid, piece)))
-            .collect();
+        let todo = streamed(self.spaces.values().map(|space| (space.pid, space.lists.previous())));
         if todo.is_empty() {
             return Ok(());
         }
@@ -336,6 +331,11 @@ impl MemoryDump {
         }
         all
     }
+}
+
+/// What is copied at a time of these lists, with the process that each is of.
+fn streamed<'a>(lists: impl Iterator<Item = (i32, &'a PageSet)>) -> Vec<(i32, PageSet)> {
+    lists.flat_map(|(pid, list)| pieces(list, STREAMED).into_iter().map(move |piece| (pid, piece))).collect()
 }
 
 /// Cuts a set into pieces of at most so many bytes.

@@ -8,6 +8,7 @@
 use super::latest::{Run, latest};
 use super::page_set::PageSet;
 use crate::store::PartWriter;
+use crate::sys::task::processors;
 use crate::sys::{arena::Arena, memory};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
@@ -27,10 +28,6 @@ const ARENA: usize = 32 << 20;
 const THREADS: usize = 4;
 /// Where it is less, no further thread is worth its start.
 const PER_THREAD: usize = 8 << 20;
-
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
 
 /// Where pages are copied from.
 #[derive(Clone, Copy, Debug)]

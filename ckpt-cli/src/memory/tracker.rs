@@ -16,6 +16,7 @@
 
 use super::page_set::PageSet;
 use crate::sys::pagemap::{self, Query, Region, category};
+use crate::sys::task::processors;
 use crate::sys::userfaultfd::{Userfaultfd, mode};
 use crate::tracee::proc::Map;
 use anyhow::{Context as _, Result};
@@ -132,8 +133,7 @@ impl Tracker {
         deadline: Option<Instant>,
     ) -> Result<(Scan, usize)> {
         // The job is stopped, so there are processors.
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = threads.min(THREADS).min(windows.len() / PER_THREAD).max(1);
+        let threads = processors().min(THREADS).min(windows.len() / PER_THREAD).max(1);
         let next = AtomicUsize::new(0);
         let walk = || {
             let mut seen = Seen::default();

@@ -61,11 +61,7 @@ pub(super) fn rebuild(stub: &mut Stub, process: &Process, files: &Files) -> Resu
         if words.is_empty() {
             continue;
         }
-        if !batch.fits(words.len() + 4096) {
-            leader
-                .run(std::mem::replace(&mut batch, Batch::new(inheritance.layout.arena)), false)?
-                .all_ok()?;
-        }
+        leader.flush_for(&mut batch, words.len())?;
         let (fd, at) = (descriptor.fd as u64, batch.bytes(&words));
         let args = [fd, IORING_REGISTER_BUFFERS, at, buffers.len() as u64];
         batch.call(format!("the buffers of io_uring fd {fd}"), libc::SYS_io_uring_register, &args);

@@ -75,7 +75,7 @@ impl PackWriter {
     /// Starts the threads. Files are made at `prefix` with a running number and `.pack`. Chunks
     /// that `base` uses are not written again.
     pub(super) fn start(prefix: PathBuf, compress: Compress, base: Option<Base>) -> Self {
-        let threads = thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = task::processors();
         let buffers = BUFFERS * threads;
         let (full_in, full_out) = crossbeam_channel::bounded::<Full>(buffers);
         let (packed_in, packed_out) = crossbeam_channel::bounded::<Packed>(buffers);

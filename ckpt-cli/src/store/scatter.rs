@@ -8,6 +8,7 @@ use super::{
     PartReader, Result, StoreError,
     pack_reader::{PackReader, Unpacker},
 };
+use crate::sys::task;
 use ckpt_common::image::{
     PAGE_SIZE,
     pages::{PageRun, Source},
@@ -98,9 +99,8 @@ impl PartReader {
         for batch in batches.iter().take(AHEAD) {
             batch.pack.will_need(&batch.bytes);
         }
-        let threads = thread::available_parallelism().map_or(1, usize::from);
         thread::scope(|scope| {
-            for _ in 1..threads.min(THREADS).min(batches.len()) {
+            for _ in 1..task::processors().min(THREADS).min(batches.len()) {
                 scope.spawn(work);
             }
             work();

@@ -79,6 +79,11 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     set_limit(0, libc::RLIMIT_NOFILE, hard, hard)
 }
 
+/// Processors that we may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Lets others run before the calling thread from now on (nice 10, setpriority(2)): about a tenth of a processor that
 /// a job wants, too, all of one that nobody wants.
 pub fn step_back() {
@@ -97,10 +102,9 @@ pub struct Urgent {
 impl Urgent {
     /// From now on. Where that is not allowed, nothing changes.
     pub fn now() -> Self {
-        let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
         // SAFETY: plain numbers; 0 is the calling thread.
         let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
-        if alone || set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1).is_err() {
+        if processors() == 1 || set_policy(libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1).is_err() {
             // SAFETY: as above.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         }

@@ -300,7 +300,7 @@ impl FrozenProcess {
             None => leader.map_arena(&pieces, heals, Arena::SMALL)?,
         };
         let inside = act(&mut self.threads, arena);
-        // Whoever ran a batch stands in the arena still, and would run on there if we were killed.
+        // Whoever did not come to the end of a batch stands in the arena still, and would run on there if we were killed.
         let mut back = Ok(());
         for thread in &mut self.threads {
             back = back.and(thread.give_back());

@@ -37,6 +37,11 @@ impl Map {
         self.end - self.start
     }
 
+    /// Link of /proc/PID to what is mapped there.
+    pub fn link(&self) -> String {
+        format!("map_files/{:x}-{:x}", self.start, self.end)
+    }
+
     /// Can code run there?
     pub fn executable(&self) -> bool {
         self.prot & libc::PROT_EXEC != 0
@@ -219,6 +224,12 @@ pub fn tree(root: i32) -> Vec<i32> {
         next += 1;
     }
     all
+}
+
+/// The PID that a process has for itself, in its own PID namespace.
+pub fn inner(pid: i32) -> procfs::ProcResult<i32> {
+    let status = Process::new(pid)?.status()?;
+    Ok(status.nspid.and_then(|numbers| numbers.last().copied()).unwrap_or(pid))
 }
 
 /// Target of a link of /proc/PID.

@@ -243,7 +243,12 @@ impl Stopped {
 
     /// Runs a batch that has become full, in a stub, and begins a new one.
     pub fn flush(&mut self, batch: &mut Batch) -> Result<()> {
-        if batch.fits(4096) {
+        self.flush_for(batch, 0)
+    }
+
+    /// The same where it has no room for so many bytes more.
+    pub fn flush_for(&mut self, batch: &mut Batch, bytes: usize) -> Result<()> {
+        if batch.fits(bytes + 4096) {
             return Ok(());
         }
         let full = std::mem::replace(batch, Batch::new(batch.arena()));

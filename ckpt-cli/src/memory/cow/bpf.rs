@@ -6,6 +6,7 @@
 use super::{Guard, Sink, Space};
 use crate::memory::page_set::PageSet;
 use crate::sys::{bpf_object, shared_map::SharedMap};
+use crate::tracee::proc;
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::BtfTracePoint;
 use aya::{Btf, Ebpf};
@@ -116,8 +117,7 @@ fn closed(pages: &PageSet) -> PageSet {
 /// The PID namespace of a process, and its PID in there.
 fn namespaced(pid: i32) -> Result<(PidNamespace, u32)> {
     let stat = stat(format!("/proc/{pid}/ns/pid").as_str()).context("looking at the PID namespace")?;
-    let status = procfs::process::Process::new(pid).and_then(|process| process.status())?;
-    let inner = status.nspid.and_then(|numbers| numbers.last().copied()).unwrap_or(pid);
+    let inner = proc::inner(pid)?;
     let device = major(stat.st_dev) << 20 | minor(stat.st_dev);
     Ok((PidNamespace { device, inode: stat.st_ino }, inner as u32))
 }

@@ -4,7 +4,7 @@
 //! page tables stop the job, each for a few milliseconds. A job that writes faster than it could be copied is not copied
 //! ahead: its pages are guarded from the cut on, and looked at once before.
 
-use super::{LOOK, MemoryDump, SPARE, STREAMED, Way, pieces};
+use super::{LOOK, MemoryDump, SPARE, STREAMED, Way, pieces, streamed};
 use crate::memory::page_set::PageSet;
 use crate::memory::space::Space;
 use crate::memory::staging::Staging;
@@ -44,8 +44,8 @@ impl MemoryDump {
         let again = |bytes_per_second: f64| pace.map(|pace| pace * listed as f64 / bytes_per_second);
         let futile = self.can_copy_before_write() && again(self.rate).is_some_and(|part| part > FUTILE);
         if !futile {
-            let streamed = listed > 2 * STREAMED && again(SAVING).is_some_and(|part| part < LITTLE);
-            self.copy_in_rounds(pids, part, streamed)?;
+            let at_once = listed > 2 * STREAMED && again(SAVING).is_some_and(|part| part < LITTLE);
+            self.copy_in_rounds(pids, part, at_once)?;
         }
         if self.options.stop {
             // It is copied piece by piece, when there is time.
@@ -75,8 +75,8 @@ impl MemoryDump {
         Ok(())
     }
 
-    /// With `streamed`, the first round goes to the store at once.
-    fn copy_in_rounds(&mut self, pids: &[i32], part: &mut PartWriter, streamed: bool) -> Result<()> {
+    /// With `at_once`, the first round goes to the store while it is copied.
+    fn copy_in_rounds(&mut self, pids: &[i32], part: &mut PartWriter, at_once: bool) -> Result<()> {
         let mut before = u64::MAX;
         for round in 0..ROUNDS {
             self.look(pids)?;
@@ -86,7 +86,7 @@ impl MemoryDump {
             if now <= self.budget() / 2 || (!shrinks && self.can_copy_before_write()) {
                 break;
             }
-            match streamed && round == 0 {
+            match at_once && round == 0 {
                 true => self.stream_current(part)?,
                 false => self.copy_current(part)?,
             }
@@ -214,9 +214,7 @@ impl MemoryDump {
     fn stream_current(&mut self, part: &mut PartWriter) -> Result<()> {
         let start = Instant::now();
         let tracked = self.spaces.values().filter(|space| space.is_tracked());
-        let current = |space: &Space| pieces(space.lists.current(), STREAMED);
-        let todo: Vec<_> =
-            tracked.flat_map(|space| current(space).into_iter().map(|piece| (space.pid, piece))).collect();
+        let todo = streamed(tracked.map(|space| (space.pid, space.lists.current())));
         let spaces = &mut self.spaces;
         self.staging.stream(STREAMED, todo, part, |staging, (pid, piece)| {
             let space = spaces.get_mut(&pid).context("it was there a moment before")?;
