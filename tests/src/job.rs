@@ -173,7 +173,31 @@ impl Job {
 
     /// Waits for the end of the first process.
     pub fn wait(&self) -> Result<()> {
-        self.until("the job has ended", || Ok(!self.is_running()))
+        self.until("the job has ended", || Ok(!self.is_running())).with_context(|| self.doing())
+    }
+
+    /// Has a self-checking workload (`workloads/work.h`) check what it has, at the end of which it must say so.
+    pub fn passes(&self) -> Result<()> {
+        self.signal(libc::SIGUSR1)?;
+        self.wait()?;
+        let output = self.output()?;
+        ensure!(output.ends_with("pass\n"), "{}: {output}", self.status());
+        Ok(())
+    }
+
+    /// What each thread of the first process is doing, for a message.
+    fn doing(&self) -> String {
+        let mut all = String::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten() {
+            let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let status = read("status");
+            let lines = status.lines().filter(|line| {
+                ["State", "SigPnd", "ShdPnd", "SigBlk", "TracerPid"].iter().any(|key| line.starts_with(key))
+            });
+            let lines: Vec<&str> = lines.collect();
+            all += &format!("\n{:?}: {} {}", task.file_name(), lines.join(", "), read("syscall").trim_end());
+        }
+        all
     }
 
     /// How the process that was started has ended, if it has; nothing is known of a restored one.

@@ -18,6 +18,16 @@ const PAGE: u64 = 4096;
 /// Content of the page at an address.
 type Pages = BTreeMap<u64, Vec<u8>>;
 
+/// `workloads/writers.c` with these arguments at work, in a job with a directory for [`dump_and_compare`].
+pub fn writers(arguments: &[&str]) -> Result<Job> {
+    let mut job = Job::new("writers")?;
+    let program = job.build("writers")?;
+    fs::create_dir(job.path("references"))?;
+    job.start(&[&[program.as_str()], arguments].concat())?;
+    job.until_output("ready")?;
+    Ok(job)
+}
+
 /// What the agent has copied at the cut.
 fn reference(directory: &Path, pid: i32) -> Result<Pages> {
     let bytes = fs::read(directory.join(format!("{pid}.pages")))?;

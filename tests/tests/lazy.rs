@@ -39,13 +39,6 @@ fn resident(pid: i32) -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
 }
 
-fn passes(job: &Job) -> Result<()> {
-    job.signal(libc::SIGUSR1)?;
-    job.wait()?;
-    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
-    Ok(())
-}
-
 /// Is a server filling the memory of the job?
 fn server(job: &Job) -> Option<i32> {
     let all = fs::read_dir("/proc").ok()?.flatten();
@@ -63,7 +56,7 @@ fn every_page_comes_when_it_is_needed() -> Result<()> {
     let job = saved("late-demand")?;
     restore(&job, "late-demand", true)?;
     ensure!(resident(job.pid())? < 8 << 20, "{} bytes are there already", resident(job.pid())?);
-    passes(&job)?;
+    job.passes()?;
     job.until("the server has ended", || Ok(server(&job).is_none()))
 }
 
@@ -71,7 +64,7 @@ fn every_page_comes_when_it_is_needed() -> Result<()> {
 fn the_program_works_while_its_memory_is_filled() -> Result<()> {
     let job = saved("late-both")?;
     restore(&job, "late-both", false)?;
-    passes(&job)?;
+    job.passes()?;
     job.until("the server has ended", || Ok(server(&job).is_none()))
 }
 
@@ -83,7 +76,7 @@ fn memory_becomes_complete_without_the_program() -> Result<()> {
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", job.pid()))?;
     ensure!(!smaps.contains(" um"), "something is registered still");
     ensure!(resident(job.pid())? > 20 << 20, "{} bytes are there", resident(job.pid())?);
-    passes(&job)
+    job.passes()
 }
 
 /// Each of many processes has a memory that follows; where they share it, that is there at once.
@@ -95,7 +88,7 @@ fn families_too() -> Result<()> {
             store_equal_pages_once(&job.path("store"), "late-family")?;
         }
         restore(&job, "late-family", false)?;
-        passes(&job)?;
+        job.passes()?;
     }
     Ok(())
 }
@@ -109,7 +102,7 @@ fn a_job_that_is_being_filled_can_be_saved() -> Result<()> {
         job.dump(true)?;
     }
     job.restore()?;
-    passes(&job)
+    job.passes()
 }
 
 /// Whoever kills the server does not make the job compute with zeros.
@@ -123,7 +116,7 @@ fn a_job_whose_memory_cannot_come_any_more_is_killed() -> Result<()> {
     ensure!(job.output()?.ends_with("ready\n"), "{}", job.output()?);
     // From the checkpoint it comes back once more.
     restore(&job, "late-kill", false)?;
-    passes(&job)
+    job.passes()
 }
 
 /// Nor does one who kills what watches the server.

@@ -1,18 +1,12 @@
 //! The proof that an image holds the memory at the cut, page by page, for each way of saving, kind of memory and writer.
 
 use anyhow::{Result, ensure};
-use ckpt_tests::job::Job;
 use ckpt_tests::proof;
-use std::fs;
 
 /// One writer: a full checkpoint and two increments, each compared.
 fn holds(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
     let what = format!("--cow {way}, {kind}, {threads} threads, {size} pages");
-    let mut job = Job::new("writers")?;
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, kind, threads, "24", size])?;
-    job.until_output("ready")?;
+    let job = proof::writers(&[kind, threads, "24", size])?;
     for number in 1..=3 {
         job.pause(40);
         // No time for copying in the cut: whatever can be guarded is.
@@ -43,11 +37,7 @@ fn old_content_kept_by_bpf() -> Result<()> {
 /// More is written after the cut than there is room for: the job waits, and nothing is lost.
 #[test]
 fn a_job_that_overruns_its_guard_waits() -> Result<()> {
-    let mut job = Job::new("writers")?;
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, "sequential", "4", "256", "small"])?;
-    job.until_output("ready")?;
+    let job = proof::writers(&["sequential", "4", "256", "small"])?;
     for number in 1..=8 {
         let few = [("CKPT_FAULT_FEW_SLOTS", "1")];
         proof::dump_with(&job, "bpf", "0s", &format!("checkpoint {number}"), &few)?;
@@ -64,11 +54,7 @@ fn a_job_that_overruns_its_guard_waits() -> Result<()> {
 /// Much memory of which little is written goes to the store while it is copied, whether the job runs or stays frozen.
 #[test]
 fn what_is_copied_is_saved_at_once() -> Result<()> {
-    let mut job = Job::new("writers")?;
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, "slow", "2", "200", "small"])?;
-    job.until_output("ready")?;
+    let job = proof::writers(&["slow", "2", "200", "small"])?;
     let (pid, references, mut streamed) = (job.pid().to_string(), job.path("references"), 0);
     // On a busy machine there may be no time for a sample, and it is made in another way.
     for number in 1..=8 {

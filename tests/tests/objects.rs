@@ -1,6 +1,6 @@
 //! Self-checking workloads, one per kind of state: set up before the checkpoint, verified after two restores.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ckpt_tests::job::Job;
 use ckpt_tests::sharing::{physical_memory, store_equal_pages_once};
 
@@ -21,10 +21,7 @@ fn survives(name: &str) -> Result<()> {
             job.pause(100);
         }
         ensure!(job.is_running(), "it ended with {dumps} dumps and {cycles} cycles:\n{}", job.output()?);
-        job.signal(libc::SIGUSR1)?;
-        job.wait()?;
-        let output = job.output()?;
-        ensure!(output.ends_with("pass\n"), "after {dumps} dumps and {cycles} cycles:\n{output}");
+        job.passes().with_context(|| format!("after {dumps} dumps and {cycles} cycles"))?;
     }
     Ok(())
 }
@@ -97,10 +94,7 @@ fn forked_children_share_memory() -> Result<()> {
         let after = physical_memory(job.pid())?;
         ensure!(after < before + (16 << 20), "{before} bytes of physical memory have become {after}");
     }
-    job.signal(libc::SIGUSR1)?;
-    job.wait()?;
-    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
-    Ok(())
+    job.passes()
 }
 
 /// What was in huge pages comes back in huge pages, without advice that was never given.
@@ -126,10 +120,7 @@ fn huge_pages_that_nobody_asked_for() -> Result<()> {
         let (size, advice) = look()?;
         ensure!((7 * 2048..12 * 2048).contains(&size) && !advice, "it has {size} kB, advice: {advice}");
     }
-    job.signal(libc::SIGUSR1)?;
-    job.wait()?;
-    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
-    Ok(())
+    job.passes()
 }
 
 /// An image that stores the pages of each process for itself restores all the same.

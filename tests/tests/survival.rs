@@ -40,21 +40,6 @@ fn states(pid: i32) -> Result<String> {
     Ok(states)
 }
 
-/// What each thread is doing, for a message.
-fn doing(pid: i32) -> String {
-    let mut all = String::new();
-    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
-        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
-        let status = read("status");
-        let lines = status.lines().filter(|line| {
-            ["State", "SigPnd", "ShdPnd", "SigBlk", "TracerPid"].iter().any(|key| line.starts_with(key))
-        });
-        let lines: Vec<&str> = lines.collect();
-        all += &format!("\n{:?}: {} {}", task.file_name(), lines.join(", "), read("syscall").trim_end());
-    }
-    all
-}
-
 /// Mappings that are writable and executable: such as ckpt has in a process for a moment.
 fn strange_mappings(pid: i32) -> Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
@@ -134,11 +119,7 @@ fn killed_at_random_instants() -> Result<()> {
     ensure!(job.is_running(), "it ended: {}", job.output()?);
     let after = now()?;
     ensure!(after == before, "{after:?} mappings and descriptors instead of {before:?}");
-    job.signal(libc::SIGUSR1)?;
-    job.wait().with_context(|| format!("seed {first}: {}", doing(job.pid())))?;
-    let output = job.output()?;
-    ensure!(output.ends_with("pass\n"), "seed {first}, {}: {output}", job.status());
-    Ok(())
+    job.passes().with_context(|| format!("seed {first}"))
 }
 
 /// Not a test: what is run and killed by the one below.
@@ -174,11 +155,7 @@ fn killed_between_batches() -> Result<()> {
         ensure!(status.signal() == Some(libc::SIGKILL), "{status}");
         job.pause(30);
     }
-    job.signal(libc::SIGUSR1)?;
-    job.wait().with_context(|| doing(job.pid()))?;
-    let output = job.output()?;
-    ensure!(output.ends_with("pass\n"), "{}: {output}", job.status());
-    Ok(())
+    job.passes()
 }
 
 /// What a killed one has left goes with the next dump, but not before every thread has come out of it.
@@ -193,21 +170,13 @@ fn memory_left_behind_is_removed() -> Result<()> {
     ensure!(job.output()?.contains("outside"), "it was dumped while it was inside: {}", job.output()?);
     ensure!(strange_mappings(job.pid())? == 0, "the memory is still there");
     job.cycle()?;
-    job.signal(libc::SIGUSR1)?;
-    job.wait()?;
-    let output = job.output()?;
-    ensure!(output.ends_with("pass\n"), "{}: {output}", job.status());
-    Ok(())
+    job.passes()
 }
 
 /// After each way to fail, the next checkpoint is the memory at its cut.
 #[test]
 fn no_modified_page_is_lost() -> Result<()> {
-    let (mut job, node) = (Job::new("writers")?, hostname()?);
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, "random", "2", "16", "small"])?;
-    job.until_output("ready")?;
+    let (job, node) = (proof::writers(&["random", "2", "16", "small"])?, hostname()?);
     proof::dump_and_compare(&job, "auto", "10ms", "the first checkpoint")?;
     for who in ["coordinator", &node] {
         for point in [
@@ -246,11 +215,7 @@ fn no_modified_page_is_lost() -> Result<()> {
 
 #[test]
 fn no_modified_page_is_lost_with_the_keeper() -> Result<()> {
-    let mut job = Job::new("writers")?;
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, "random", "2", "16", "small"])?;
-    job.until_output("ready")?;
+    let job = proof::writers(&["random", "2", "16", "small"])?;
     for number in 0..4 {
         proof::dump_and_compare(&job, "auto", "10ms", &format!("after the death of {number} keepers"))?;
         let keepers = keepers()?;
@@ -264,11 +229,7 @@ fn no_modified_page_is_lost_with_the_keeper() -> Result<()> {
 /// Two stores, each with a keeper of its own that wants to know what was written: neither takes it from the other.
 #[test]
 fn no_modified_page_is_lost_between_two_stores() -> Result<()> {
-    let mut job = Job::new("writers")?;
-    let program = job.build("writers")?;
-    fs::create_dir(job.path("references"))?;
-    job.start(&[&program, "random", "2", "16", "small"])?;
-    job.until_output("ready")?;
+    let job = proof::writers(&["random", "2", "16", "small"])?;
     let pid = job.pid().to_string();
     for number in 0..4 {
         proof::dump_and_compare(&job, "auto", "10ms", &format!("beside {number} dumps into another store"))?;

@@ -5,19 +5,6 @@
 #define PAGE 4096
 #define MANY 300
 
-static void fill(unsigned char *p, size_t n, unsigned seed)
-{
-    for (size_t i = 0; i < n; i++)
-        p[i] = (unsigned char)((i * 7 + seed * 13) ^ (i >> 8));
-}
-
-static void check(const unsigned char *p, size_t n, unsigned seed)
-{
-    for (size_t i = 0; i < n; i++)
-        if (p[i] != (unsigned char)((i * 7 + seed * 13) ^ (i >> 8)))
-            FAIL("byte %zu of region %u", i, seed);
-}
-
 /* Does the mapping at `address` have this flag in smaps? */
 static int has_flag(void *address, const char *flag)
 {
@@ -58,51 +45,51 @@ int main(void)
     pid_t child;
 
     for (unsigned i = 0; i < 8; i++) {
-        fill(page, PAGE, 50 + i);
+        fill_bytes(page, PAGE, 50 + i);
         CHECK(write(file, page, PAGE) == PAGE && write(gone, page, PAGE) == PAGE);
     }
     private_map = mmap(NULL, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
     shared_map = mmap(NULL, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     gone_map = mmap(NULL, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, gone, 0);
     CHECK(unlink("gone") == 0 && close(gone) == 0);
-    fill(private_map + PAGE, PAGE, 60);
+    fill_bytes(private_map + PAGE, PAGE, 60);
     memset(private_map + 2 * PAGE, 0, PAGE); /* zero, where the file is not */
-    fill(shared_map + 3 * PAGE, PAGE, 61);
-    fill(gone_map + 3 * PAGE, PAGE, 62);
+    fill_bytes(shared_map + 3 * PAGE, PAGE, 61);
+    fill_bytes(gone_map + 3 * PAGE, PAGE, 62);
     CHECK(mprotect(private_map, 2 * PAGE, PROT_READ) == 0);
     CHECK(ftruncate(memory, 8 * PAGE) == 0);
     memory_map = mmap(NULL, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
-    fill(memory_map, 8 * PAGE, 70);
+    fill_bytes(memory_map, 8 * PAGE, 70);
     CHECK(fcntl(memory, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK) == 0);
-    fill(anon, 64 * PAGE, 1);
+    fill_bytes(anon, 64 * PAGE, 1);
     memset(anon + 5 * PAGE, 0, PAGE);
     CHECK(madvise(anon + 9 * PAGE, PAGE, MADV_DONTNEED) == 0);
-    fill(hole, 64 * PAGE, 2);
+    fill_bytes(hole, 64 * PAGE, 2);
     CHECK(munmap(hole + 10 * PAGE, 20 * PAGE) == 0);
     CHECK(mprotect(hole + 40 * PAGE, 5 * PAGE, PROT_NONE) == 0); /* content behind no access */
-    fill(brk, 40 * PAGE, 3);
-    fill(shared, 16 * PAGE, 4);
+    fill_bytes(brk, 40 * PAGE, 3);
+    fill_bytes(shared, 16 * PAGE, 4);
     CHECK(mprotect(none, 4 * PAGE, PROT_NONE) == 0);
     CHECK(madvise(advised, 4 * PAGE, MADV_DONTFORK) == 0 && madvise(advised + 4 * PAGE, 4 * PAGE, MADV_WIPEONFORK) == 0);
     CHECK(mlock(advised, PAGE) == 0);
     big = mmap(NULL, 16 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(madvise(big, 16 << 20, MADV_HUGEPAGE) == 0);
-    fill(big + (4 << 20), 4 << 20, 8);
+    fill_bytes(big + (4 << 20), 4 << 20, 8);
     code = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memcpy(code, "\xb8\x2a\x00\x00\x00\xc3", 6); /* mov $42, %eax; ret */
     CHECK(mprotect(code, PAGE, PROT_READ | PROT_EXEC) == 0);
     for (int i = 0; i < MANY; i++) {
         many[i] = mmap(NULL, PAGE, i % 2 ? PROT_READ | PROT_WRITE : PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (i % 2)
-            fill(many[i], PAGE, 100 + (unsigned)i);
+            fill_bytes(many[i], PAGE, 100 + (unsigned)i);
     }
     deep(100);
     CHECK(pipe(tube) == 0);
     if (!(child = fork())) { /* sees the shared memory change */
         char c;
         CHECK(read(tube[0], &c, 1) == 1);
-        check(shared, 16 * PAGE, 5);
-        fill(shared, 16 * PAGE, 6);
+        check_bytes(shared, 16 * PAGE, 5);
+        fill_bytes(shared, 16 * PAGE, 6);
         _exit(33);
     }
     void *heap_end = sbrk(0);
@@ -114,18 +101,18 @@ int main(void)
             for (int k = 0; k < PAGE; k++)
                 CHECK(private_map[i * PAGE + (unsigned)k] == 0);
         else if (i == 3) /* untouched private page: shows the file, which the shared mapping has changed */
-            check(private_map + i * PAGE, PAGE, 61);
+            check_bytes(private_map + i * PAGE, PAGE, 61);
         else
-            check(private_map + i * PAGE, PAGE, i == 1 ? 60 : 50 + i);
-        check(shared_map + i * PAGE, PAGE, i == 3 ? 61 : 50 + i);
-        check(gone_map + i * PAGE, PAGE, i == 3 ? 62 : 50 + i);
+            check_bytes(private_map + i * PAGE, PAGE, i == 1 ? 60 : 50 + i);
+        check_bytes(shared_map + i * PAGE, PAGE, i == 3 ? 61 : 50 + i);
+        check_bytes(gone_map + i * PAGE, PAGE, i == 3 ? 62 : 50 + i);
     }
     CHECK(pread(file, page, PAGE, 3 * PAGE) == PAGE);
-    check(page, PAGE, 61);
-    fill(shared_map, PAGE, 63); /* still shared with the file */
+    check_bytes(page, PAGE, 61);
+    fill_bytes(shared_map, PAGE, 63); /* still shared with the file */
     CHECK(pread(file, page, PAGE, 0) == PAGE);
-    check(page, PAGE, 63);
-    check(memory_map, 8 * PAGE, 70);
+    check_bytes(page, PAGE, 63);
+    check_bytes(memory_map, 8 * PAGE, 70);
     CHECK(fcntl(memory, F_GET_SEALS) == (F_SEAL_GROW | F_SEAL_SHRINK) && ftruncate(memory, PAGE) == -1);
     memory_map[5] = 99;
     CHECK(pread(memory, page, 6, 0) == 6 && page[5] == 99);
@@ -133,25 +120,25 @@ int main(void)
         if (i == 5 || i == 9)
             for (int k = 0; k < PAGE; k++)
                 CHECK(anon[i * PAGE + k] == 0);
-    check(anon, 5 * PAGE, 1);
-    check(hole, 10 * PAGE, 2);
+    check_bytes(anon, 5 * PAGE, 1);
+    check_bytes(hole, 10 * PAGE, 2);
     CHECK(mprotect(hole + 40 * PAGE, 5 * PAGE, PROT_READ) == 0);
     for (int i = 30; i < 64; i++)
         for (int k = 0; k < PAGE; k++) {
             size_t n = (size_t)i * PAGE + (size_t)k;
             CHECK(hole[n] == (unsigned char)((n * 7 + 2 * 13) ^ (n >> 8)));
         }
-    check(brk, 40 * PAGE, 3);
-    check(big + (4 << 20), 4 << 20, 8);
+    check_bytes(brk, 40 * PAGE, 3);
+    check_bytes(big + (4 << 20), 4 << 20, 8);
     CHECK(big[0] == 0 && big[(16 << 20) - 1] == 0 && has_flag(big, " hg"));
     CHECK(has_flag(advised, " dc") && has_flag(advised + 4 * PAGE, " wf") && has_flag(advised, " lo"));
     CHECK(((int (*)(void))code)() == 42);
     for (int i = 1; i < MANY; i += 2)
-        check(many[i], PAGE, 100 + (unsigned)i);
+        check_bytes(many[i], PAGE, 100 + (unsigned)i);
     CHECK(deep(200) > 0); /* the stack still grows */
-    fill(shared, 16 * PAGE, 5);
+    fill_bytes(shared, 16 * PAGE, 5);
     CHECK(write(tube[1], "x", 1) == 1 && waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 33);
-    check(shared, 16 * PAGE, 6);
+    check_bytes(shared, 16 * PAGE, 6);
     return pass();
 }

@@ -14,19 +14,6 @@ static pid_t other;
 static int to_other[2], from_other[2];
 static unsigned char common[64 * PAGE]; /* so much that a restore clones one process from the other */
 
-static void fill(unsigned char *p, size_t n, unsigned seed)
-{
-    for (size_t i = 0; i < n; i++)
-        p[i] = (unsigned char)((i * 7 + seed * 13) ^ (i >> 8));
-}
-
-static void check(const unsigned char *p, size_t n, unsigned seed)
-{
-    for (size_t i = 0; i < n; i++)
-        if (p[i] != (unsigned char)((i * 7 + seed * 13) ^ (i >> 8)))
-            FAIL("byte %zu of segment %u", i, seed);
-}
-
 static int make(key_t key, size_t size, int mode)
 {
     int id = shmget(key, size, IPC_CREAT | IPC_EXCL | mode);
@@ -70,7 +57,7 @@ static void work(unsigned char *read_only, unsigned char *doomed)
     CHECK(read_only[5] == 0xaa && read_only[ODD + 17] == 0xbb);
     errno = 0;
     CHECK(mprotect(read_only, PAGE, PROT_READ | PROT_WRITE) < 0 && errno == EACCES);
-    check(common, sizeof common, 8);
+    check_bytes(common, sizeof common, 8);
     doomed[9] = 0xcc;
     CHECK(write(from_other[1], "w", 1) == 1);
     CHECK(read(to_other[0], &go, 1) == 1);
@@ -94,7 +81,7 @@ int main(int argc, char **argv)
     ids[KEYED] = make(0x5e000000 | getpid(), ODD, 0640);
     first = attach(ids[KEYED], 0);
     second = attach(ids[KEYED], 0);
-    fill(first, 4 * PAGE, 1); /* its tail, too */
+    fill_bytes(first, 4 * PAGE, 1); /* its tail, too */
     CHECK(shmctl(ids[KEYED], IPC_STAT, &changed) == 0);
     changed.shm_perm.uid = 7;
     changed.shm_perm.gid = 8;
@@ -104,34 +91,34 @@ int main(int argc, char **argv)
 
     ids[DOOMED] = make(IPC_PRIVATE, 300 * PAGE, 0600);
     doomed = attach(ids[DOOMED], 0);
-    fill(doomed, 300 * PAGE, 2);
+    fill_bytes(doomed, 300 * PAGE, 2);
 
     /* Three pieces of one attach, one of them read-only, and something else in the gap. */
     ids[PIECES] = make(IPC_PRIVATE, 8 * PAGE, 0600);
     pieces = attach(ids[PIECES], 0);
-    fill(pieces, 8 * PAGE, 3);
+    fill_bytes(pieces, 8 * PAGE, 3);
     CHECK(mprotect(pieces + PAGE, PAGE, PROT_READ) == 0);
     CHECK(munmap(pieces + 3 * PAGE, 2 * PAGE) == 0);
     hole = mmap(pieces + 3 * PAGE, PAGE, PROT_READ | PROT_WRITE,
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     CHECK(hole == pieces + 3 * PAGE);
-    fill(hole, PAGE, 4);
+    fill_bytes(hole, PAGE, 4);
 
     /* A memfd and a segment with the same device and inode number. */
     CHECK(ftruncate(memory, 2 * PAGE) == 0 && fstat(memory, &twin_stat) == 0);
     twin_file = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
     CHECK(twin_file != MAP_FAILED);
-    fill(twin_file, 2 * PAGE, 5);
+    fill_bytes(twin_file, 2 * PAGE, 5);
     next = open("/proc/sys/kernel/shm_next_id", O_WRONLY | O_CLOEXEC);
     snprintf(number, sizeof number, "%d", (int)twin_stat.st_ino);
     CHECK(write(next, number, strlen(number)) == (ssize_t)strlen(number));
     close(next);
     ids[TWIN] = make(IPC_PRIVATE, 2 * PAGE, 0600);
     twin = attach(ids[TWIN], 0);
-    fill(twin, 2 * PAGE, 6);
+    fill_bytes(twin, 2 * PAGE, 6);
     printf("twins: %d %lu\n", ids[TWIN], (unsigned long)twin_stat.st_ino);
 
-    fill(common, sizeof common, 8);
+    fill_bytes(common, sizeof common, 8);
     other = fork();
     CHECK(other >= 0);
     if (other == 0) {
@@ -142,7 +129,7 @@ int main(int argc, char **argv)
         id = make(0x5f000000 | getpid(), 5 * PAGE, 0600);
         CHECK(seteuid(0) == 0 && setegid(0) == 0);
         unsigned char *at = attach(id, 0);
-        fill(at, 5 * PAGE, 7);
+        fill_bytes(at, 5 * PAGE, 7);
         CHECK(shmdt(at) == 0 && shmdt(first) == 0 && shmdt(second) == 0 && shmdt(pieces) == 0);
         CHECK(write(from_other[1], &id, sizeof id) == sizeof id);
         at = attach(ids[KEYED], SHM_RDONLY);
@@ -163,19 +150,19 @@ int main(int argc, char **argv)
         same(i);
     CHECK(shmget(0x5e000000 | getpid(), 0, 0) == ids[KEYED]);
     CHECK(shmget(0x5f000000 | other, 0, 0) == ids[WAITING]);
-    check(common, sizeof common, 8);
-    check(first, 4 * PAGE, 1);
-    check(second, 4 * PAGE, 1);
-    check(doomed, 300 * PAGE, 2);
+    check_bytes(common, sizeof common, 8);
+    check_bytes(first, 4 * PAGE, 1);
+    check_bytes(second, 4 * PAGE, 1);
+    check_bytes(doomed, 300 * PAGE, 2);
     for (size_t i = 0; i < 8 * PAGE; i++)
         if (i / PAGE != 3 && i / PAGE != 4)
             CHECK(pieces[i] == (unsigned char)((i * 7 + 3 * 13) ^ (i >> 8)));
-    check(hole, PAGE, 4);
+    check_bytes(hole, PAGE, 4);
     CHECK(!mapped(hole + PAGE));
-    check(twin_file, 2 * PAGE, 5);
-    check(twin, 2 * PAGE, 6);
+    check_bytes(twin_file, 2 * PAGE, 5);
+    check_bytes(twin, 2 * PAGE, 6);
     waiting = attach(ids[WAITING], 0);
-    check(waiting, 5 * PAGE, 7);
+    check_bytes(waiting, 5 * PAGE, 7);
 
     first[5] = 0xaa;
     second[ODD + 17] = 0xbb;

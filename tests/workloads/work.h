@@ -55,6 +55,25 @@ static inline int pass(void)
     return 0;
 }
 
+/* Bytes that tell where they belong; `seed` says to what. */
+static inline unsigned char byte_at(size_t i, unsigned seed)
+{
+    return (unsigned char)((i * 7 + seed * 13) ^ (i >> 8));
+}
+
+static inline void fill_bytes(unsigned char *p, size_t n, unsigned seed)
+{
+    for (size_t i = 0; i < n; i++)
+        p[i] = byte_at(i, seed);
+}
+
+static inline void check_bytes(const unsigned char *p, size_t n, unsigned seed)
+{
+    for (size_t i = 0; i < n; i++)
+        if (p[i] != byte_at(i, seed))
+            FAIL("byte %zu of %u", i, seed);
+}
+
 static inline double now(void)
 {
     struct timespec t;
