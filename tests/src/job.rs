@@ -156,8 +156,7 @@ impl Job {
 
     /// Is the first process there, and not just a zombie?
     pub fn is_running(&self) -> bool {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
+        ckpt_cli::job::selector::is_alive(self.pid)
     }
 
     /// Ends the job.

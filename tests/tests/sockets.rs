@@ -3,6 +3,7 @@
 
 use anyhow::{Result, ensure};
 use ckpt_tests::cluster::Cluster;
+use ckpt_tests::job::Job;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -40,5 +41,46 @@ fn sockets_of_every_state_come_back() -> Result<()> {
     wait("the checks", || file("result").exists())?;
     let result = fs::read_to_string(file("result"))?;
     ensure!(result == "pass", "{result}");
+    Ok(())
+}
+
+/// Clients that connect, say a line, read it back and close, again and again.
+const CHURN: &str = r#"
+import os, socket, threading
+server = socket.create_server(("127.0.0.1", 0), backlog=64)
+def serve():
+    while True:
+        c = server.accept()[0]
+        with c: c.sendall(c.recv(100))
+def visit():
+    while not os.path.exists("enough"):
+        with socket.create_connection(server.getsockname()) as c:
+            c.sendall(b"hello")
+            got = c.recv(100)
+            if got != b"hello": print("got", got, flush=True)
+for _ in range(2): threading.Thread(target=serve, daemon=True).start()
+visitors = [threading.Thread(target=visit) for _ in range(3)]
+for t in visitors: t.start()
+for t in visitors: t.join()
+print("pass", flush=True)
+"#;
+
+/// Two looks at them hardly ever agree. Only what the cut finds counts: nothing is left out (which `ckpt` would say
+/// with its exit code), nothing breaks.
+#[test]
+fn connections_that_come_and_go_are_no_obstacle() -> Result<()> {
+    let mut job = Job::new("churn")?;
+    fs::write(job.path("churn.py"), CHURN)?;
+    job.start(&["/usr/bin/python3", "churn.py"])?;
+    for round in 0..6 {
+        job.pause(150);
+        match round % 3 {
+            2 => job.cycle()?,
+            _ => job.dump(false).map(drop)?,
+        }
+    }
+    fs::write(job.path("enough"), "")?;
+    job.wait()?;
+    ensure!(job.output()? == "pass\n", "{}", job.output()?);
     Ok(())
 }

@@ -1,15 +1,23 @@
 //! One thread: registers and what the kernel keeps per task.
 
-use crate::sys::{memory, ptrace, task};
+use crate::sys::{memory, pidfd, ptrace, task};
 use crate::tracee::{Arena, Batch, Stopped, registers};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::process::{AltStack, Credentials, Rseq, SigInfo, Thread};
+use nix::sys::socket::{SockaddrStorage, getpeername};
 use procfs::process::Process as Proc;
+use std::os::fd::{AsFd, AsRawFd};
 
 // prctl(2)
 const PR_GET_PDEATHSIG: u64 = 2;
 const PR_GET_SECUREBITS: u64 = 27;
 const PR_GET_TID_ADDRESS: u64 = 40;
+
+/// Has the socket an other end?
+fn is_connected(pid: i32, fd: i32) -> bool {
+    let socket = pidfd::open(pid).and_then(|process| pidfd::getfd(process.as_fd(), fd));
+    socket.is_ok_and(|socket| getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok())
+}
 
 /// Captures a thread. Runs one batch in it.
 pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
@@ -27,7 +35,12 @@ pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
         thread.abort_sequence(rseq.critical_section);
     }
     let xstate = thread.xstate()?;
-    let regs = registers::resumable(thread.regs());
+    let mut regs = registers::resumable(thread.regs());
+    if let Some(fd) = registers::connects(thread.pid, &regs)
+        && is_connected(thread.pid, fd)
+    {
+        registers::succeed(&mut regs);
+    }
 
     let mut batch = Batch::new(arena);
     let (stack, ctid, death) = (batch.bytes(&[0; 24]), batch.bytes(&[0; 8]), batch.bytes(&[0; 8]));

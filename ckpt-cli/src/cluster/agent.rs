@@ -389,7 +389,7 @@ impl Agent<'_> {
         let mut alive = tree(pids);
         while !self.shared.is_lost() && !alive.is_empty() {
             thread::sleep(TICK);
-            alive.retain(|&pid| is_alive(pid));
+            alive.retain(|&pid| selector::is_alive(pid));
             // Those that a process leaves behind are no longer its descendants.
             alive = tree(&alive);
         }
@@ -411,16 +411,10 @@ impl Agent<'_> {
 
 /// Those of the processes that live, and their descendants.
 fn tree(pids: &[i32]) -> Vec<i32> {
-    let alive: Vec<_> = pids.iter().copied().filter(|&pid| is_alive(pid)).collect();
+    let alive: Vec<_> = pids.iter().copied().filter(|&pid| selector::is_alive(pid)).collect();
     // One may end between the two looks; then it has no descendants any more.
     let found = selector::find(&Selector::Pids(alive.clone())).unwrap_or(alive);
-    found.into_iter().filter(|&pid| is_alive(pid)).collect()
-}
-
-/// Runs it, or does it lie there as a zombie, or not at all?
-fn is_alive(pid: i32) -> bool {
-    let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
-    stat.is_ok_and(|stat| stat.state != 'Z' && stat.state != 'X')
+    found.into_iter().filter(|&pid| selector::is_alive(pid)).collect()
 }
 
 /// Opens the store and makes sure that it is the coordinator's.

@@ -90,10 +90,7 @@ impl Requests {
     }
 
     fn is_running(&mut self) -> bool {
-        let alive = |pid: &i32| {
-            let stat = procfs::process::Process::new(*pid).and_then(|process| process.stat());
-            stat.is_ok_and(|stat| stat.state != 'Z' && stat.state != 'X')
-        };
+        let alive = |pid: &i32| selector::is_alive(*pid);
         if !self.known.iter().any(alive) {
             self.known = selector::find(&self.selector).unwrap_or_default();
             self.known.retain(alive);

@@ -36,6 +36,11 @@ pub fn find(selector: &Selector) -> Result<Vec<i32>, JobError> {
     Ok(all.into_iter().collect())
 }
 
+/// Runs the process, or can it again? A zombie cannot, nor one that is just going (`Z` and `X`, proc_pid_stat(5)).
+pub fn is_alive(pid: i32) -> bool {
+    Process::new(pid).and_then(|process| process.stat()).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+}
+
 /// Parent of every process that can be seen.
 fn parents() -> BTreeMap<i32, i32> {
     let stats = all_processes().into_iter().flatten().flatten().filter_map(|process| process.stat().ok());

@@ -113,8 +113,8 @@ fn taken(processes: &[Process]) -> Vec<i32> {
         let (dead, alive): (Vec<i32>, Vec<i32>) = wanted
             .iter()
             .copied()
-            .filter(|tid| proc::state(*tid).is_some())
-            .partition(|tid| proc::state(*tid) == Some('Z'));
+            .filter(|tid| std::path::Path::new(&format!("/proc/{tid}")).exists())
+            .partition(|tid| proc::state(*tid).is_none_or(|state| state == 'Z'));
         // A process that was just killed is there until its parent has seen it.
         if dead.is_empty() || start.elapsed() > REAPING {
             return [alive, dead].concat();

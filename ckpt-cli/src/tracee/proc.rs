@@ -237,9 +237,10 @@ pub fn link(pid: i32, name: &str) -> std::io::Result<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/{name}"))
 }
 
-/// State letter of a process (`Z`: zombie), `None` where it is gone.
+/// State letter of a process (`Z`: zombie), `None` where it is gone, if only in this moment: its number may still be
+/// in use then (`X`, proc_pid_stat(5)).
 pub fn state(pid: i32) -> Option<char> {
-    Process::new(pid).and_then(|p| p.stat()).ok().map(|s| s.state)
+    Process::new(pid).and_then(|p| p.stat()).ok().map(|s| s.state).filter(|state| *state != 'X')
 }
 
 #[cfg(test)]

@@ -44,6 +44,27 @@ pub fn resumable(regs: &UserRegs) -> UserRegs {
     regs
 }
 
+/// The descriptor, where the thread issues connect(2) next.
+///
+/// That may be a call that was interrupted when the connection was there already. On the same socket the kernel knows
+/// that it only has to succeed (`inet_stream_connect`, net/ipv4/af_inet.c); on another one in the same state it would
+/// fail with `EISCONN`.
+pub fn connects(pid: i32, regs: &UserRegs) -> Option<i32> {
+    const SYSCALL: [u8; SYSCALL_LEN as usize] = [0x0f, 0x05];
+    let mut code = [0; SYSCALL.len()];
+    let issues = regs.rax as i64 == libc::SYS_connect
+        && !in_syscall(regs)
+        && memory::read(pid, regs.rip, &mut code).is_ok()
+        && code == SYSCALL;
+    issues.then_some(regs.rdi as i32)
+}
+
+/// The next system call has been made, and was successful.
+pub fn succeed(regs: &mut UserRegs) {
+    regs.rip += SYSCALL_LEN;
+    regs.rax = 0;
+}
+
 /// The number of the call that a thread in restart_syscall(2) had made.
 ///
 /// A sleep that was interrupted before goes on as restart_syscall: the kernel knows the time that is left, but the
@@ -127,6 +148,19 @@ mod tests {
             let r = resumable(&regs(7, mark));
             assert_eq!((r.rax, r.rip, r.orig_rax), (7, 0x1000, u64::MAX));
         }
+    }
+
+    #[test]
+    fn a_connect_that_is_issued_next_is_seen_and_can_be_passed() {
+        let (code, pid) = ([0x0f_u8, 0x05, 0x90], std::process::id() as i32);
+        let mut r = resumable(&regs(libc::SYS_connect, ERESTARTSYS));
+        (r.rip, r.rdi) = (code.as_ptr() as u64, 7);
+        assert_eq!(connects(pid, &r), Some(7));
+        for (rax, rip) in [(libc::SYS_accept as u64, r.rip), (r.rax, r.rip + 1)] {
+            assert_eq!(connects(pid, &UserRegs { rax, rip, ..r }), None);
+        }
+        succeed(&mut r);
+        assert_eq!((r.rax, r.rip), (0, code.as_ptr() as u64 + 2));
     }
 
     #[test]

@@ -307,18 +307,17 @@ impl Run<'_> {
         self.request.options.allow.iter().any(|kind| kind == OUTSIDE_TCP)
     }
 
+    /// What is left out, but for connections: they come and go until the cut.
     fn note_left_out(&self, links: &[Link], plans: &[PlanReport]) {
         let mut all = OnNodes::new();
         for (link, plan) in links.iter().zip(plans) {
             all.extend(plan.left_out.iter().map(|item| (link.node().to_owned(), item.clone())));
         }
-        // Those that are not allowed have stopped us before.
-        let (far, near) = outside(links, plans);
-        all.extend(far.into_iter().chain(near));
-        *self.left_out.borrow_mut() = all;
+        self.left_out.replace(all);
     }
 
-    /// The channel table, if no byte was lost and no connection has appeared since the plan.
+    /// The channel table, if no byte was lost and no connection out of the job has appeared since the plan. Where
+    /// these are allowed, they are left out.
     fn channels(
         &self,
         links: &[Link],
@@ -333,11 +332,13 @@ impl Run<'_> {
         };
         let reports: Vec<_> = plans.iter().zip(connections).map(report).collect();
         let (far, near) = outside(links, &reports);
-        let unexpected = far.into_iter().chain(near).next().filter(|_| !self.allows_outside_tcp());
-        if let Some((node, blocker)) = unexpected {
-            let (pid, reason) = (blocker.pid, blocker.reason);
+        let outside: OnNodes = far.into_iter().chain(near).collect();
+        if let Some((node, Blocker { pid, reason, .. })) = outside.first()
+            && !self.allows_outside_tcp()
+        {
             return Err(ClusterError::Changed(format!("{node}: process {pid} has a {reason}")));
         }
+        self.left_out.borrow_mut().extend(outside);
         let views = views(&reports);
         channels::table(&views, &channels::sort(&views).inside).map_err(ClusterError::Changed)
     }
