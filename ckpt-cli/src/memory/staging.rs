@@ -95,17 +95,23 @@ impl Staging {
 
     /// Makes memory ready for so many bytes. A failure is none: then the copying takes longer.
     pub fn prepare(&mut self, bytes: u64) {
-        let ready = self.arenas.last().map_or(0, |(arena, used)| arena.bytes().len() - used);
-        if ready as u64 >= bytes {
-            return;
+        let Ok(bytes) = usize::try_from(bytes) else { return };
+        let made = match self.has_room(bytes) {
+            true => Ok(()),
+            false => Arena::new(bytes.max(ARENA)).map(|arena| self.arenas.push((arena, 0))),
+        };
+        let ready = made.and_then(|()| match self.arenas.last_mut() {
+            Some((arena, used)) => arena.fault_in(*used, *used + bytes),
+            None => Ok(()),
+        });
+        if let Err(error) = ready {
+            tracing::debug!(%error, bytes, "memory for the copy is not made ready");
         }
-        let prepared = usize::try_from(bytes).ok().and_then(|bytes| Arena::new(bytes.max(ARENA)).ok());
-        if let Some(mut arena) = prepared {
-            if let Err(error) = arena.fault_in() {
-                tracing::debug!(%error, bytes, "memory for the copy is not made ready");
-            }
-            self.arenas.push((arena, 0));
-        }
+    }
+
+    /// Has the last arena room for so many bytes?
+    fn has_room(&self, bytes: usize) -> bool {
+        self.arenas.last().is_some_and(|(arena, used)| arena.bytes().len() - used >= bytes)
     }
 
     /// Bytes that may still be staged while the job runs.
@@ -152,7 +158,7 @@ impl Staging {
 
     /// Takes `len` bytes of the newest arena, or of a new one.
     fn take(&mut self, len: usize) -> Result<Place> {
-        if self.arenas.last().is_none_or(|(arena, used)| arena.bytes().len() - used < len) {
+        if !self.has_room(len) {
             let arena = Arena::new(len.max(ARENA)).context("no memory for the copy of the job's memory")?;
             self.arenas.push((arena, 0));
         }

@@ -33,13 +33,19 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Makes all pages present.
+    /// Makes the pages of `[start, end)` present.
     ///
     /// # Errors
     /// No memory.
-    pub fn fault_in(&mut self) -> io::Result<()> {
-        // SAFETY: exactly this mapping; its pages become present with the content they have.
-        let result = unsafe { libc::madvise(self.at.as_ptr().cast(), self.size, libc::MADV_POPULATE_WRITE) };
+    pub fn fault_in(&mut self, start: usize, end: usize) -> io::Result<()> {
+        let (start, end) = (start / 4096 * 4096, end.min(self.size));
+        if start >= end {
+            return Ok(());
+        }
+        // SAFETY: a part of this mapping; its pages become present with the content they have.
+        let result = unsafe {
+            libc::madvise(self.at.as_ptr().add(start).cast(), end - start, libc::MADV_POPULATE_WRITE)
+        };
         super::check(result.into()).map(drop)
     }
 
@@ -79,7 +85,7 @@ mod tests {
     #[test]
     fn memory_is_there_and_goes() {
         let mut arena = Arena::new(1 << 20).unwrap();
-        arena.fault_in().unwrap();
+        arena.fault_in(4096, 1 << 20).unwrap();
         arena.bytes_mut().fill(7);
         arena.discard(1, 3 * 4096 + 1);
         let bytes = arena.bytes();
