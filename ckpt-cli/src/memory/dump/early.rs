@@ -24,7 +24,7 @@ const SHRINKS: u64 = 70;
 /// Time between two looks at a sample.
 const SAMPLE: Duration = Duration::from_millis(10);
 /// Copying ahead is not worth it where more than this part of it would be written again meanwhile.
-const FUTILE: f64 = 0.5;
+const FUTILE: f64 = 0.1;
 /// Less than this part is stored twice without regret.
 const LITTLE: f64 = 0.1;
 /// Bytes per second that the store takes, about.
@@ -42,7 +42,9 @@ impl MemoryDump {
         let pace = if listed > 2 * self.budget() { self.pace(pids)? } else { None };
         // Part of what was copied that would be written again by the time that the last of it is.
         let again = |bytes_per_second: f64| pace.map(|pace| pace * listed as f64 / bytes_per_second);
-        let futile = self.can_copy_before_write() && again(self.rate).is_some_and(|part| part > FUTILE);
+        // What the staging memory does not hold is copied as fast as the store takes it.
+        let copied = if listed > self.staging.room() { SAVING } else { self.rate };
+        let futile = self.can_copy_before_write() && again(copied).is_some_and(|part| part > FUTILE);
         if !futile {
             let at_once = listed > 2 * STREAMED && again(SAVING).is_some_and(|part| part < LITTLE);
             self.copy_in_rounds(pids, part, at_once)?;
