@@ -5,6 +5,7 @@
 //! ahead: its pages are guarded from the cut on, and looked at once before.
 
 use super::{LOOK, MemoryDump, SPARE, STREAMED, Way, pieces, streamed};
+use crate::memory::cow::Cow;
 use crate::memory::page_set::PageSet;
 use crate::memory::space::Space;
 use crate::memory::staging::Staging;
@@ -23,8 +24,11 @@ const ROUNDS: usize = 8;
 const SHRINKS: u64 = 70;
 /// Time between two looks at a sample.
 const SAMPLE: Duration = Duration::from_millis(10);
-/// Copying ahead is not worth it where more than this part of it would be written again meanwhile.
+/// Copying ahead is not worth it where more than this part of it would be written again meanwhile: it would be copied,
+/// and often stored, twice.
 const FUTILE: f64 = 0.1;
+/// The same where each first write to a guarded page waits for us.
+const FUTILE_IF_ASKED: f64 = 0.5;
 /// Less than this part is stored twice without regret.
 const LITTLE: f64 = 0.1;
 /// Bytes per second that the store takes, about.
@@ -44,7 +48,7 @@ impl MemoryDump {
         let again = |bytes_per_second: f64| pace.map(|pace| pace * listed as f64 / bytes_per_second);
         // What the staging memory does not hold is copied as fast as the store takes it.
         let copied = if listed > self.staging.room() { SAVING } else { self.rate };
-        let futile = self.can_copy_before_write() && again(copied).is_some_and(|part| part > FUTILE);
+        let futile = self.is_futile(again(copied))?;
         if !futile {
             let at_once = listed > 2 * STREAMED && again(SAVING).is_some_and(|part| part < LITTLE);
             self.copy_in_rounds(pids, part, at_once)?;
@@ -75,6 +79,18 @@ impl MemoryDump {
             self.look(pids)?;
         }
         Ok(())
+    }
+
+    /// Is nothing to be copied ahead, where this part of it would be written again meanwhile?
+    fn is_futile(&mut self, again: Option<f64>) -> Result<bool> {
+        let Some(again) = again.filter(|part| *part > FUTILE && self.can_copy_before_write()) else {
+            return Ok(false);
+        };
+        if self.cow.is_none() {
+            self.choose_guard()?;
+        }
+        let most = |cow: &Cow| if cow.wants_asking() { FUTILE_IF_ASKED } else { FUTILE };
+        Ok(self.cow.as_ref().is_some_and(|cow| again > most(cow)))
     }
 
     /// With `at_once`, the first round goes to the store while it is copied.
