@@ -30,6 +30,8 @@ int main(void)
     fflush(stdout);
     CHECK(pthread_create(&thread, NULL, clock_work, NULL) == 0);
     ((void (*)(volatile int *))arena)(&out);
+    /* As if it had been killed before its code was there; what is there never ends: 1: jmp 1b. */
+    memcpy(arena, "\xeb\xfe", 2);
     printf("outside\n");
     fflush(stdout);
     CHECK(pthread_join(thread, NULL) == 0);

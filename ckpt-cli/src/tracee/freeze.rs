@@ -296,7 +296,11 @@ impl FrozenProcess {
         let heals = scratch(self, maps, Stopped::healing_size());
         let leader = self.threads.first_mut().context("it has no thread left")?;
         let arena = match Arena::left_in(self.pid, maps) {
-            Some(left) => left,
+            Some(left) => {
+                // Whoever made it may have been killed before its code was there.
+                left.install(self.pid)?;
+                left
+            }
             None => leader.map_arena(&pieces, heals, Arena::SMALL)?,
         };
         let inside = act(&mut self.threads, arena);
