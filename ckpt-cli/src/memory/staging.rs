@@ -96,11 +96,7 @@ impl Staging {
     /// Makes memory ready for so many bytes. A failure is none: then the copying takes longer.
     pub fn prepare(&mut self, bytes: u64) {
         let Ok(bytes) = usize::try_from(bytes) else { return };
-        let made = match self.has_room(bytes) {
-            true => Ok(()),
-            false => Arena::new(bytes.max(ARENA)).map(|arena| self.arenas.push((arena, 0))),
-        };
-        let ready = made.and_then(|()| match self.arenas.last_mut() {
+        let ready = self.make_room(bytes).and_then(|()| match self.arenas.last_mut() {
             Some((arena, used)) => arena.fault_in(*used, *used + bytes),
             None => Ok(()),
         });
@@ -109,9 +105,12 @@ impl Staging {
         }
     }
 
-    /// Has the last arena room for so many bytes?
-    fn has_room(&self, bytes: usize) -> bool {
-        self.arenas.last().is_some_and(|(arena, used)| arena.bytes().len() - used >= bytes)
+    /// A new arena, where the last has no room for so many bytes.
+    fn make_room(&mut self, bytes: usize) -> std::io::Result<()> {
+        if self.arenas.last().is_none_or(|(arena, used)| arena.bytes().len() - used < bytes) {
+            self.arenas.push((Arena::new(bytes.max(ARENA))?, 0));
+        }
+        Ok(())
     }
 
     /// Bytes that may still be staged while the job runs.
@@ -158,10 +157,7 @@ impl Staging {
 
     /// Takes `len` bytes of the newest arena, or of a new one.
     fn take(&mut self, len: usize) -> Result<Place> {
-        if !self.has_room(len) {
-            let arena = Arena::new(len.max(ARENA)).context("no memory for the copy of the job's memory")?;
-            self.arenas.push((arena, 0));
-        }
+        self.make_room(len).context("no memory for the copy of the job's memory")?;
         let arena = self.arenas.len() - 1;
         let used = &mut self.arenas[arena].1;
         *used += len;
