@@ -22,12 +22,13 @@ impl Segments {
         job.until_output("ready")?;
         let output = job.output()?;
         let line = output.lines().find_map(|line| line.strip_prefix("segments: ")).context("no segments")?;
-        let ids: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        let ids = line.split(' ').map(str::to_owned).collect();
+        let segments = Self { job, ids };
         // An inode number and an id that are the same, or the test is none.
         let twins = output.lines().find_map(|line| line.strip_prefix("twins: ")).context("no twins")?;
         let (id, inode) = twins.split_once(' ').context("no pair")?;
         ensure!(id == inode, "{twins}");
-        Ok(Self { job, ids })
+        Ok(segments)
     }
 
     /// How many of them the node has.

@@ -20,8 +20,9 @@ use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeMap;
 
-/// How often somebody else may get the id that was chosen.
-const TRIES: usize = 5;
+/// How often somebody else may get the id that was chosen. The chance of one try is that no other process of the node makes
+/// a segment within a tenth of a millisecond.
+const TRIES: usize = 100;
 const KEEP: u64 = u32::MAX as u64;
 
 /// The segments of a part.
