@@ -65,7 +65,7 @@ enum Task {
     },
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Clone, Subcommand)]
 enum Measured {
     /// Pause, dump, image and restore: of a large process, and of many of each thing
     Dump,

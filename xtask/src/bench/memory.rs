@@ -6,6 +6,7 @@ use super::snapshot::{Taken, WAYS, Way};
 use super::{Bench, median};
 use crate::setup;
 use anyhow::Result;
+use clap::ValueEnum as _;
 
 /// Pages per second of the random writer.
 const RANDOM: u64 = 80_000;
@@ -14,8 +15,25 @@ const TOUCHED: u64 = 16_384;
 /// Part of the memory that is modified between two dumps, as one of so many.
 const MODIFIED: u64 = 10;
 
+/// What is measured, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Section {
+    /// What a copy costs the program, in every way
+    Copies,
+    /// The first write to each page
+    FirstWrites,
+    /// Dumps at intervals
+    Overhead,
+    /// Dumps against dd and zstd
+    Throughput,
+    /// Restores against reading the raw bytes
+    Restores,
+    /// With memory, modified memory and threads
+    Growth,
+}
+
 /// How much is measured.
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     /// Print one JSON document
     #[arg(long)]
@@ -29,6 +47,9 @@ pub(crate) struct Options {
     /// Most memory of the program, in MiB [default: 4096, with --quick 256]
     #[arg(long, value_name = "MIB")]
     most: Option<u64>,
+    /// Only these sections, separated by commas
+    #[arg(long, value_name = "SECTIONS", value_delimiter = ',')]
+    only: Vec<Section>,
 }
 
 /// The parts of a run share this.
@@ -52,21 +73,32 @@ pub(crate) fn memory(options: Options) -> Result<()> {
     let mut sizes = vec![most.min(1024)];
     sizes.extend((most > 1024).then_some(most));
     let mut run = Run { bench, report: Report::new(rounds, options.json)?, rounds, sizes };
-    for mib in run.sizes.clone() {
-        for pages in [Pages::Small, Pages::Huge] {
-            run.copies(mib, pages)?;
+    for section in
+        Section::value_variants().iter().filter(|s| options.only.is_empty() || options.only.contains(s))
+    {
+        match section {
+            Section::Copies => run.all_copies()?,
+            Section::FirstWrites => run.first_writes()?,
+            Section::Overhead => run.overhead()?,
+            Section::Throughput => run.throughput()?,
+            Section::Restores => run.restores()?,
+            Section::Growth => run.growth()?,
         }
     }
-    run.first_writes()?;
-    run.overhead()?;
-    run.throughput()?;
-    run.restores()?;
-    run.growth()?;
     run.report.finish();
     Ok(())
 }
 
 impl Run {
+    fn all_copies(&mut self) -> Result<()> {
+        for mib in self.sizes.clone() {
+            for pages in [Pages::Small, Pages::Huge] {
+                self.copies(mib, pages)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Of both writers, a copy in every way, one after the other in each round.
     fn copies(&mut self, mib: u64, pages: Pages) -> Result<()> {
         let writers = [("random writer", Order::Rate(RANDOM)), ("full-speed writer", Order::FullSpeed)];
