@@ -54,9 +54,13 @@ pub(super) struct Chunker {
 
 impl Chunker {
     /// Files are made at `prefix` with a running number and `.pack`. Chunks that are in `base` already are not
-    /// written again.
+    /// written again: what it has is read from now on, beside everything else.
     pub(super) fn new(prefix: PathBuf, compress: Compress, base: Option<Base>) -> Self {
-        Self { prefix, compress, base, packs: None, window: None, gathered: None }
+        let mut chunker = Self { prefix, compress, base, packs: None, window: None, gathered: None };
+        if chunker.base.is_some() {
+            chunker.packs();
+        }
+        chunker
     }
 
     fn packs(&mut self) -> &mut PackWriter {
