@@ -100,6 +100,8 @@ pub struct Session {
     files: Vec<OpenFile>,
     obstacles: Vec<Obstacle>,
     namespace: bool,
+    /// Reads page maps already, where memory may follow.
+    server: Option<server::Server>,
     tree: Option<tree::Tree>,
     segments: Option<segments::Segments>,
     built: Option<files::Files>,
@@ -112,7 +114,10 @@ impl Session {
         let processes: Vec<Process> = part.read().context("reading the processes")?;
         let files: Vec<OpenFile> = part.read().context("reading the open files")?;
         let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;
+        let log = (options.stdio == Stdio::Log).then_some(options.log_directory.as_path());
+        let server = (options.lazy && obstacles.is_empty()).then(|| server::Server::start(&part, log));
         Ok(Self {
+            server: server.transpose()?,
             part,
             options,
             processes,
@@ -166,9 +171,8 @@ impl Session {
         }
         files.seal()?;
         segments.complete()?;
-        if !incomplete.is_empty() {
-            let log = (self.options.stdio == Stdio::Log).then_some(self.options.log_directory.as_path());
-            server::start(&self.part, &incomplete, log)?;
+        if let Some(server) = self.server.take().filter(|_| !incomplete.is_empty()) {
+            server.serve(&incomplete)?;
         }
         self.built = Some(files);
         Ok(())

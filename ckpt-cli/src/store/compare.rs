@@ -97,7 +97,7 @@ pub fn stored_anew(old: &[&PartReader], new: &[&PartReader]) -> Result<u64> {
         let reader = part.store().open_pack(pack)?;
         let old = old.get(&pack);
         let anew = |number| chunks.contains(number) && !old.is_some_and(|old| old.contains(number));
-        let anew = (0..).zip(reader.chunks()).filter(|(number, _)| anew(*number));
+        let anew = (0..).zip(reader.chunks()?).filter(|(number, _)| anew(*number));
         bytes += anew.map(|(_, chunk)| chunk.stored() as u64).sum::<u64>();
     }
     Ok(bytes)
@@ -118,8 +118,7 @@ fn same(old: &mut PageReader, a: Option<Place>, new: &mut PageReader, b: Option<
         (None, Some(b)) => Ok(new.page(b)? == ZERO_PAGE),
         (Some(a), Some(b)) => {
             let (old_pack, new_pack) = (old.pack(a)?, new.pack(b)?);
-            let [x, y] =
-                [(&old_pack, a), (&new_pack, b)].map(|(pack, place)| pack.chunks()[place.1 as usize]);
+            let (x, y) = (old_pack.chunk(a.1 as usize)?, new_pack.chunk(b.1 as usize)?);
             Ok((a.2 == b.2 && content(&x) == content(&y)) || old.page(a)? == new.page(b)?)
         }
     }

@@ -21,7 +21,7 @@ pub(super) fn crowded(base: &PartReader, most: usize) -> Result<BTreeSet<u32>> {
     for (number, pack) in (0..).zip(base.packs()) {
         let Some(live) = live.get(pack) else { continue };
         let reader = base.store().open_pack(*pack)?;
-        let chunks = (0..).zip(reader.chunks()).filter(|(chunk, _)| live.contains(*chunk));
+        let chunks = (0..).zip(reader.chunks()?).filter(|(chunk, _)| live.contains(*chunk));
         sizes.push((chunks.map(|(_, chunk)| chunk.stored() as u64).sum::<u64>(), number));
     }
     sizes.sort_unstable();

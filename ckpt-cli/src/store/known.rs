@@ -31,7 +31,7 @@ impl Known {
         for (number, pack) in (0..).zip(base.packs()).filter(|(number, _)| !except.contains(number)) {
             let Some(live) = live.get(pack) else { continue };
             let reader = base.store().open_pack(*pack)?;
-            for (chunk, entry) in (0..).zip(reader.chunks()).filter(|(chunk, _)| live.contains(*chunk)) {
+            for (chunk, entry) in (0..).zip(reader.chunks()?).filter(|(chunk, _)| live.contains(*chunk)) {
                 known.insert(content(entry), Stored { pack: Pack::OfBase(number), chunk, again: false });
             }
         }

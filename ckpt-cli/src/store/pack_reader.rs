@@ -6,13 +6,15 @@ use ckpt_common::image::{
     pack::{self, ChunkEntry, Encoding, Footer, Header},
 };
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::PathBuf};
+use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::PathBuf, sync::OnceLock};
 
-/// An open pack whose index has been checked against its name.
+/// An open pack. Its index is read, and checked against its name, when it is needed for the first time.
 pub(super) struct PackReader {
     path: PathBuf,
     file: File,
-    chunks: Vec<ChunkEntry>,
+    id: Digest,
+    length: u64,
+    index: OnceLock<Vec<ChunkEntry>>,
 }
 
 /// What a thread needs to unpack chunks, used again for each.
@@ -29,35 +31,52 @@ impl Unpacker {
 }
 
 impl Store {
+    /// Opens a pack: from then on it does not matter whether it is removed.
+    ///
+    /// # Errors
+    /// It is missing, or too short for one.
     pub(super) fn open_pack(&self, id: Digest) -> Result<PackReader> {
         let path = self.pack_path(id);
         let file = files::open(&path)?;
         let length = file.metadata().map_err(StoreError::io("read", &path))?.len();
-        let read = |offset: u64, size: usize| {
-            let mut bytes = vec![0; size];
-            file.read_exact_at(&mut bytes, offset).map_err(StoreError::io("read", &path))?;
-            Ok::<_, StoreError>(bytes)
-        };
         if length < (Header::SIZE + Footer::SIZE) as u64 {
             let why = format!("it has only {length} bytes");
             return Err(StoreError::damaged(&path)(FormatError::damaged("pack", why)));
         }
-        let header = read(0, Header::SIZE)?;
-        let footer = read(length - Footer::SIZE as u64, Footer::SIZE)?;
-        let (index, size) = Footer::parse(&footer, length).map_err(StoreError::damaged(&path))?;
-        let tail = read(index, size + Footer::SIZE)?;
-        let (chunks, name) = pack::parse(&header, &tail, length).map_err(StoreError::damaged(&path))?;
-        if name != id {
-            let why = format!("its index has the hash {}, which is not its name", name.short());
-            return Err(StoreError::damaged(&path)(FormatError::damaged("pack", why)));
-        }
-        Ok(PackReader { path, file, chunks })
+        Ok(PackReader { path, file, id, length, index: OnceLock::new() })
     }
 }
 
 impl PackReader {
-    pub(super) fn chunks(&self) -> &[ChunkEntry] {
-        &self.chunks
+    /// Its chunks.
+    ///
+    /// # Errors
+    /// The pack is damaged.
+    pub(super) fn chunks(&self) -> Result<&[ChunkEntry]> {
+        if let Some(index) = self.index.get() {
+            return Ok(index);
+        }
+        let index = self.read_index()?;
+        Ok(self.index.get_or_init(|| index))
+    }
+
+    fn read_index(&self) -> Result<Vec<ChunkEntry>> {
+        let (path, length) = (&self.path, self.length);
+        let read = |offset: u64, size: usize| {
+            let mut bytes = vec![0; size];
+            self.file.read_exact_at(&mut bytes, offset).map_err(StoreError::io("read", path))?;
+            Ok::<_, StoreError>(bytes)
+        };
+        let header = read(0, Header::SIZE)?;
+        let footer = read(length - Footer::SIZE as u64, Footer::SIZE)?;
+        let (index, size) = Footer::parse(&footer, length).map_err(StoreError::damaged(path))?;
+        let tail = read(index, size + Footer::SIZE)?;
+        let (chunks, name) = pack::parse(&header, &tail, length).map_err(StoreError::damaged(path))?;
+        if name != self.id {
+            let why = format!("its index has the hash {}, which is not its name", name.short());
+            return Err(StoreError::damaged(path)(FormatError::damaged("pack", why)));
+        }
+        Ok(chunks)
     }
 
     pub(super) fn damaged(&self, chunk: usize, why: &str) -> StoreError {
@@ -71,13 +90,14 @@ impl PackReader {
         Ok((chunk.offset()..chunk.offset() + chunk.stored() as u64, chunk.raw()))
     }
 
-    fn chunk(&self, number: usize) -> Result<ChunkEntry> {
-        self.chunks.get(number).copied().ok_or_else(|| self.damaged(number, "does not exist"))
+    /// An entry of the index.
+    pub(super) fn chunk(&self, number: usize) -> Result<ChunkEntry> {
+        self.chunks()?.get(number).copied().ok_or_else(|| self.damaged(number, "does not exist"))
     }
 
     /// Lie these pages inside the chunk?
     pub(super) fn check(&self, chunk: u32, page: u16, count: u32) -> Result<()> {
-        let size = self.chunks.get(chunk as usize).map_or(0, |chunk| chunk.raw() / PAGE_SIZE);
+        let size = self.chunks()?.get(chunk as usize).map_or(0, |chunk| chunk.raw() / PAGE_SIZE);
         if u64::from(page) + u64::from(count) > size as u64 {
             return Err(self.damaged(chunk as usize, "is smaller than the page map says"));
         }

@@ -28,15 +28,9 @@ impl PageReader {
 
     /// The pack of a page, after a check that it has that page.
     pub(super) fn pack(&mut self, (pack, chunk, page): Place) -> Result<Arc<PackReader>> {
-        let inside = |reader: &PackReader| {
-            reader
-                .chunks()
-                .get(chunk as usize)
-                .is_some_and(|chunk| usize::from(page) < chunk.raw() / PAGE_SIZE)
-        };
         if let Some((number, reader)) = &self.last
             && *number == pack
-            && inside(reader)
+            && reader.check(chunk, page, 1).is_ok()
         {
             return Ok(reader.clone());
         }

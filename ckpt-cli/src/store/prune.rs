@@ -179,7 +179,7 @@ impl Store {
 
     /// Ranges of a pack that nobody uses, and how many bytes of them are not free yet.
     fn dead_data(&self, path: &Path, id: Digest, live: &ChunkSet) -> Result<(Vec<Range<u64>>, u64)> {
-        let dead = holes::dead_blocks(self.open_pack(id)?.chunks(), live);
+        let dead = holes::dead_blocks(self.open_pack(id)?.chunks()?, live);
         let data = holes::with_data(&files::open(path)?, &dead);
         let data = data.map_err(StoreError::io("look for data in", path))?;
         Ok((dead, data.iter().map(|range| range.end - range.start).sum()))

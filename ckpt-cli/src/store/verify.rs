@@ -115,7 +115,7 @@ impl Store {
         report.packs += 1;
         let (mut bad, mut buffer) = (0, Vec::new());
         let every = u64::from(sample.clamp(1, 100));
-        let live = (0..pack.chunks().len()).filter(|&number| live.contains(number as u32));
+        let live = (0..pack.chunks()?.len()).filter(|&number| live.contains(number as u32));
         for (_, number) in live.enumerate().filter(|(n, _)| (*n as u64 * every) % 100 < every) {
             match pack.read(number, &mut unpacker, std::mem::take(&mut buffer), true) {
                 Ok(content) => {

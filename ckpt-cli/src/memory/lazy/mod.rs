@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -84,23 +84,44 @@ enum Put {
     Gone,
 }
 
-impl LazyFill {
-    /// `background`: is more filled than what is asked for?
+/// A part whose memory is to come, before it is known to where.
+#[derive(Debug)]
+pub struct Prepared {
+    part: PartReader,
+    todos: BTreeMap<MemoryId, Todo>,
+}
+
+impl Prepared {
+    /// Reads the page maps.
     ///
     /// # Errors
-    /// The part has no such memory, or its packs cannot be read.
-    pub fn new(part: PartReader, spaces: Vec<Space>, background: bool) -> Result<Self> {
+    /// A pack is missing, or the part is damaged.
+    pub fn new(part: PartReader) -> Result<Self> {
         // A checkpoint may be removed from the store while memory still comes from it.
         part.open_packs()?;
+        let todo = |id| Ok((id, Todo::new(part.page_map(id)?)));
+        let todos = part.memories().into_iter().map(todo).collect::<Result<_>>()?;
+        Ok(Self { part, todos })
+    }
+
+    /// Whom to fill. `background`: is more filled than what is asked for?
+    ///
+    /// # Errors
+    /// The part has no such memory.
+    pub fn fill(self, spaces: Vec<Space>, background: bool) -> Result<LazyFill> {
+        let Self { part, mut todos } = self;
         let pids = spaces.iter().map(|space| space.pid).collect();
         let spaces = spaces.into_iter().map(|space| {
-            let todo = Todo::new(part.page_map(space.memory)?, &space.ranges);
+            let todo = todos.remove(&space.memory).context("the part has no such memory")?;
+            let todo = todo.within(&space.ranges);
             Ok(Filling { uffd: space.uffd, todo, waiting: Vec::new(), gone: false })
         });
         let spaces = spaces.collect::<Result<_>>()?;
-        Ok(Self { part, unpacking: Unpacking::new()?, spaces, pids, background, turn: 0 })
+        Ok(LazyFill { part, unpacking: Unpacking::new()?, spaces, pids, background, turn: 0 })
     }
+}
 
+impl LazyFill {
     /// Serves faults, and fills in between, until everything is there or nobody needs it any more. Who connects to a
     /// listener is held until then.
     ///

@@ -1,20 +1,21 @@
 //! `ckpt fill`: the process that fills the memory of a restored job and ends when it is complete.
 //!
-//! The restore starts it with a socket as its standard input and hands over what there is to do: a [`Task`], and then,
-//! with one byte each, the userfaultfds. It answers with one byte when it serves them, and only then is the job let go.
+//! The restore starts it with a socket as its standard input and says at once which part it is ([`Task`]), later which
+//! address spaces ([`TaskSpace`]), and hands over, with one byte each, their userfaultfds. It answers with one byte when it
+//! serves them, and only then is the job let go.
 //! Who wants to know when the memory of a process is complete, such as a dump, connects to the address of the process
 //! ([`wait_for`]) and reads up to the end.
 
-use super::{FEATURES, LazyFill, Space};
+use super::{FEATURES, LazyFill, Prepared, Space};
 use crate::store::{PartReader, Store};
 use crate::sys::{pidfd, userfaultfd::Userfaultfd};
 use anyhow::{Context as _, Result, bail, ensure};
 use ckpt_common::image::{MemoryId, manifest::PartRef};
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -29,11 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// For tests: only what is asked for is filled.
 const ON_DEMAND: &str = "CKPT_FAULT_ON_DEMAND";
 
+/// What it can get ready before the memory is there.
 #[derive(Debug, Serialize, Deserialize)]
 struct Task {
     store: PathBuf,
     part: PartRef,
-    spaces: Vec<TaskSpace>,
 }
 
 /// What is said of a [`Space`].
@@ -44,57 +45,98 @@ struct TaskSpace {
     ranges: Vec<(u64, u64)>,
 }
 
-/// Starts a server for these address spaces. It serves them when this returns. Messages of a later failure go to `log`.
-///
-/// # Errors
-/// It could not be started, or cannot open the part.
-pub fn start(part: &PartReader, spaces: &[Space], log: Option<&Path>) -> Result<()> {
-    let (store, part) = part.place();
-    let tasks = spaces.iter().map(|space| {
-        let (pid, memory, ranges) = (space.pid, space.memory, space.ranges.clone());
-        TaskSpace { pid, memory, ranges }
-    });
-    let task = Task { store: store.to_owned(), part: part.clone(), spaces: tasks.collect() };
-    let (mut ours, its) = UnixStream::pair()?;
-    let messages = match log {
-        Some(log) => {
-            std::fs::create_dir_all(log).with_context(|| format!("creating {}", log.display()))?;
-            let path = log.join("fill.log");
-            let file = File::options().create(true).append(true).open(&path);
-            Stdio::from(file.with_context(|| format!("opening {}", path.display()))?)
-        }
-        None => Stdio::null(),
-    };
-    let child = Command::new("/proc/self/exe")
-        .arg("fill")
-        .current_dir("/")
-        .stdin(Stdio::from(OwnedFd::from(its)))
-        .stdout(Stdio::null())
-        .stderr(messages)
-        .spawn()
-        .context("starting the process that fills memory")?;
-    tracing::debug!(pid = child.id(), "memory is filled by a process of its own");
-    ours.set_read_timeout(Some(PATIENCE))?;
-    let bytes = rmp_serde::to_vec_named(&task)?;
-    ours.write_all(&(bytes.len() as u64).to_le_bytes())?;
-    ours.write_all(&bytes)?;
-    for space in spaces {
-        let raw = [space.uffd.as_fd().as_raw_fd()];
-        let control = [ControlMessage::ScmRights(&raw)];
-        let (byte, flags) = ([0], MsgFlags::MSG_NOSIGNAL);
-        sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(&byte)], &control, flags, None)
-            .context("handing a userfaultfd over")?;
+/// A server that has started and reads the page maps while the restore builds its processes. Dropped, it ends.
+#[derive(Debug)]
+pub struct Server(UnixStream);
+
+impl Server {
+    /// Starts a server for a part. Messages of a later failure go to `log`.
+    ///
+    /// # Errors
+    /// It could not be started. What goes wrong with the part, [`Self::serve`] says.
+    pub fn start(part: &PartReader, log: Option<&Path>) -> Result<Self> {
+        let (store, part) = part.place();
+        let (ours, its) = UnixStream::pair()?;
+        let messages = match log {
+            Some(log) => {
+                std::fs::create_dir_all(log).with_context(|| format!("creating {}", log.display()))?;
+                let path = log.join("fill.log");
+                let file = File::options().create(true).append(true).open(&path);
+                Stdio::from(file.with_context(|| format!("opening {}", path.display()))?)
+            }
+            None => Stdio::null(),
+        };
+        let child = Command::new("/proc/self/exe")
+            .arg("fill")
+            .current_dir("/")
+            .stdin(Stdio::from(OwnedFd::from(its)))
+            .stdout(Stdio::null())
+            .stderr(messages)
+            .spawn()
+            .context("starting the process that fills memory")?;
+        tracing::debug!(pid = child.id(), "memory is filled by a process of its own");
+        ours.set_read_timeout(Some(PATIENCE))?;
+        let mut server = Self(ours);
+        server.say(&Task { store: store.to_owned(), part: part.clone() })?;
+        Ok(server)
     }
-    let mut answer = Vec::new();
-    // One byte where it serves; what is wrong, where it does not.
-    let mut first = [0];
-    if ours.read(&mut first).context("waiting for the process that fills memory")? == 1 {
-        if first == [b'+'] {
-            return Ok(());
+
+    /// Hands address spaces over. The server serves them when this returns.
+    ///
+    /// # Errors
+    /// It cannot open the part, or has ended.
+    pub fn serve(mut self, spaces: &[Space]) -> Result<()> {
+        let sent = self.hand_over(spaces);
+        // One byte where it serves; what is wrong, where it does not.
+        let (mut first, mut why) = ([0], String::new());
+        if self.0.read(&mut first).context("waiting for the process that fills memory")? == 1 {
+            if first == *b"+" {
+                return sent;
+            }
+            self.0.read_to_string(&mut why)?;
         }
-        ours.read_to_end(&mut answer)?;
+        if why.is_empty() {
+            why = "it has ended".into();
+        }
+        bail!("the process that fills memory: {why}");
     }
-    bail!("the process that fills memory: {}", String::from_utf8_lossy(&answer));
+
+    fn hand_over(&mut self, spaces: &[Space]) -> Result<()> {
+        let tasks = spaces.iter().map(|space| {
+            let (pid, memory, ranges) = (space.pid, space.memory, space.ranges.clone());
+            TaskSpace { pid, memory, ranges }
+        });
+        self.say(&tasks.collect::<Vec<_>>())?;
+        for space in spaces {
+            let raw = [space.uffd.as_fd().as_raw_fd()];
+            let control = [ControlMessage::ScmRights(&raw)];
+            let (byte, flags) = ([0], MsgFlags::MSG_NOSIGNAL);
+            sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&byte)], &control, flags, None)
+                .context("handing a userfaultfd over")?;
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, what: &impl Serialize) -> Result<()> {
+        let bytes = rmp_serde::to_vec_named(what)?;
+        let said =
+            self.0.write_all(&(bytes.len() as u64).to_le_bytes()).and_then(|()| self.0.write_all(&bytes));
+        said.context("telling the process that fills memory what to do")
+    }
+}
+
+/// What the restore says next; nothing where it has ended.
+fn hear<T: DeserializeOwned>(client: &mut UnixStream) -> Result<Option<T>> {
+    let mut length = [0; 8];
+    match client.read_exact(&mut length) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let length = u64::from_le_bytes(length);
+    ensure!(length <= MOST, "a task of {length} bytes");
+    let mut bytes = vec![0; length as usize];
+    client.read_exact(&mut bytes)?;
+    Ok(Some(rmp_serde::from_slice(&bytes)?))
 }
 
 /// The server itself; `client` is who has started it. Returns when everything is filled.
@@ -108,7 +150,9 @@ pub fn run(mut client: UnixStream) -> Result<()> {
     // The last that memory is taken from where there is none left: ckpt may lack the right, and then it is not so.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     match begin(&mut client) {
-        Ok((fill, listeners)) => {
+        // The restore has failed, or nothing is to follow.
+        Ok(None) => Ok(()),
+        Ok(Some((fill, listeners))) => {
             client.write_all(b"+").context("answering the restore")?;
             drop(client);
             fill.run(&listeners)
@@ -121,22 +165,17 @@ pub fn run(mut client: UnixStream) -> Result<()> {
     }
 }
 
-fn begin(client: &mut UnixStream) -> Result<(LazyFill, Vec<UnixListener>)> {
-    let mut length = [0; 8];
-    client.read_exact(&mut length)?;
-    let length = u64::from_le_bytes(length);
-    ensure!(length <= MOST, "a task of {length} bytes");
-    let mut bytes = vec![0; length as usize];
-    client.read_exact(&mut bytes)?;
-    let task: Task = rmp_serde::from_slice(&bytes)?;
-    let part = Store::open(&task.store)?.open_part(&task.part)?;
+fn begin(client: &mut UnixStream) -> Result<Option<(LazyFill, Vec<UnixListener>)>> {
+    let Some(task) = hear::<Task>(client)? else { return Ok(None) };
+    let prepared = Prepared::new(Store::open(&task.store)?.open_part(&task.part)?)?;
+    let Some(tasks) = hear::<Vec<TaskSpace>>(client)? else { return Ok(None) };
     let (mut spaces, mut listeners) = (Vec::new(), Vec::new());
-    for TaskSpace { pid, memory, ranges } in task.spaces {
+    for TaskSpace { pid, memory, ranges } in tasks {
         spaces.push(Space { uffd: receive(client)?, pid, memory, ranges });
         let listener = UnixListener::bind_addr(&address(pid)?);
         listeners.push(listener.with_context(|| format!("listening for who waits for process {pid}"))?);
     }
-    Ok((LazyFill::new(part, spaces, std::env::var_os(ON_DEMAND).is_none())?, listeners))
+    Ok(Some((prepared.fill(spaces, std::env::var_os(ON_DEMAND).is_none())?, listeners)))
 }
 
 fn receive(client: &UnixStream) -> Result<Userfaultfd> {

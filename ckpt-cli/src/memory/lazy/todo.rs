@@ -24,21 +24,23 @@ fn skip(source: Source, pages: u64) -> Source {
 }
 
 impl Todo {
-    /// What a page map has in ranges of addresses.
-    pub(super) fn new(map: &[PageRun], ranges: &[(u64, u64)]) -> Self {
-        let mut todo = Self::default();
+    /// Everything that a page map has.
+    pub(super) fn new(map: &[PageRun]) -> Self {
+        let stored = map.iter().filter(|run| run.source() != Source::Zero);
+        // In order, and at once: far faster than one after the other.
+        Self(stored.map(|run| (run.page.get(), (run.count.get(), run.source()))).collect())
+    }
+
+    /// Only what lies in these ranges of addresses, which ascend.
+    pub(super) fn within(mut self, ranges: &[(u64, u64)]) -> Self {
+        let mut at = 0;
         for &(start, end) in ranges {
             let wanted = pages(start..end);
-            let first = map.partition_point(|run| run.end() <= wanted.start);
-            for run in map[first..].iter().take_while(|run| run.page.get() < wanted.end) {
-                if run.source() != Source::Zero {
-                    let (page, end) = (run.page.get().max(wanted.start), run.end().min(wanted.end));
-                    let source = skip(run.source(), page - run.page.get());
-                    todo.0.insert(page, ((end - page) as u32, source));
-                }
-            }
+            self.remove(at..wanted.start);
+            at = wanted.end;
         }
-        todo
+        self.remove(at..u64::MAX);
+        self
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -122,7 +124,7 @@ mod tests {
                 page += gap + u64::from(count);
             }
             let size = PAGE_SIZE as u64;
-            let mut todo = Todo::new(&map, &[(2 * size, 20 * size), (30 * size, 100 * size)]);
+            let mut todo = Todo::new(&map).within(&[(2 * size, 20 * size), (30 * size, 100 * size)]);
             let mut expected: BTreeMap<u64, Source> = map.iter()
                 .filter(|run| run.source() != Source::Zero)
                 .flat_map(|run| (run.page.get()..run.end()).map(|p| (p, skip(run.source(), p - run.page.get()))))
