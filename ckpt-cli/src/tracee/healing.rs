@@ -82,7 +82,10 @@ impl Finder {
         let code = read(pid, vdso.start, vdso.end)?;
         let plain = memmem::find(&code, SYSCALL)? as u64 + vdso.start;
         let gadget = *self.vdso.entry(code).or_insert_with_key(|code| find_gadget(code));
-        let restorer = maps.iter().filter(|m| m.executable() && m.inode != 0).find_map(|m| {
+        // The C library has it. Where there is none, the program itself, which may be large.
+        let mut code: Vec<_> = maps.iter().filter(|m| m.executable() && m.inode != 0).collect();
+        code.sort_by_key(|m| (!is_c_library(&m.path), m.size()));
+        let restorer = code.into_iter().find_map(|m| {
             let key = (m.device, m.inode, m.offset);
             let offset = *self
                 .restorers
@@ -97,6 +100,11 @@ impl Finder {
             _ => Pieces { syscall: plain, ret_slot: 0, restorer: None },
         })
     }
+}
+
+fn is_c_library(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    ["libc.so", "libc-", "ld-musl"].iter().any(|known| name.starts_with(known))
 }
 
 fn read(pid: i32, start: u64, end: u64) -> Option<Vec<u8>> {
