@@ -16,6 +16,12 @@ pub struct Dropped {
     pub ingress: u64,
 }
 
+/// The first words of a mapping's `struct vm_area_struct` (linux/mm_types.h). It begins with the first address and the
+/// first behind; where the flags are depends on the kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct MappingWords(pub [u64; 16]);
+
 /// Most regions whose pages can be guarded.
 pub const COW_MAX_REGIONS: u32 = 1 << 16;
 /// Most PID namespaces that guarded processes can be in.

@@ -1,6 +1,7 @@
 //! The programs of ckpt that run in the kernel.
 //!
 //! * [`cow`]: the old content of a page is saved before it is overwritten
+//! * [`mappings`]: the mappings of a process with their flags
 //! * [`hold`]: no packet of a held connection gets in or out. Attached at the root of the cgroup2 tree: cgroup
 //!   hooks act on the cgroup a socket was created in, so a program on a job's own cgroup would miss the sockets it
 //!   brought along.
@@ -11,6 +12,7 @@
 mod atomic;
 mod cow;
 mod hold;
+mod mappings;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -1,15 +1,23 @@
 //! Self-checking workloads, one per kind of state: set up before the checkpoint, verified after two restores.
 
 use anyhow::{Context, Result, ensure};
+use ckpt_cli::tracee::mapping_flags::MappingFlags;
+use ckpt_cli::tracee::proc;
 use ckpt_tests::job::Job;
 use ckpt_tests::sharing::{physical_memory, store_equal_pages_once};
+use procfs::process::VmFlags;
 
 /// Undisturbed, left running through three dumps, and through two cycles: it must say pass each time.
 fn survives(name: &str) -> Result<()> {
+    survives_with(name, &[])
+}
+
+/// The same, with arguments.
+fn survives_with(name: &str, arguments: &[&str]) -> Result<()> {
     for (dumps, cycles) in [(0, 0), (3, 0), (0, 2)] {
         let mut job = Job::new(name)?;
         let program = job.build(name)?;
-        job.start(&[&program])?;
+        job.start(&[&[program.as_str()], arguments].concat())?;
         job.until_output("ready")?;
         job.pause(100);
         for _ in 0..dumps {
@@ -34,6 +42,35 @@ fn threads_with_registers_tls_fpu_and_signals() -> Result<()> {
 #[test]
 fn mappings_of_every_kind() -> Result<()> {
     survives("mappings")
+}
+
+/// Of so much memory that flags of mappings are read by a BPF program.
+#[test]
+fn mappings_of_every_kind_beside_much_memory() -> Result<()> {
+    survives_with("mappings", &["600"])
+}
+
+/// It says what smaps says, of mappings of every kind and of the library's own, here and where it was kept.
+#[test]
+fn flags_read_by_bpf_are_those_of_smaps() -> Result<()> {
+    let mut job = Job::new("mappings")?;
+    let program = job.build("mappings")?;
+    job.start(&[&program])?;
+    job.until_output("ready")?;
+    let mut python = Job::new("python")?;
+    python.start(&["/usr/bin/python3", "-c", "import time\nprint('ready', flush=True)\ntime.sleep(600)"])?;
+    python.until_output("ready")?;
+    let loaded = MappingFlags::load()?;
+    let few = loaded.maps(python.pid())?;
+    ensure!(few == proc::maps_with_flags(python.pid())?, "{few:?}");
+    let kept = MappingFlags::new(loaded.into_program())?;
+    for pid in proc::tree(job.pid()) {
+        let (by_bpf, by_smaps) = (kept.maps(pid)?, proc::maps_with_flags(pid)?);
+        ensure!(by_bpf == by_smaps, "process {pid}: {by_bpf:?} instead of {by_smaps:?}");
+        ensure!(by_bpf.iter().any(|map| map.flags.contains(VmFlags::DD)), "no advice at all");
+    }
+    ensure!(kept.maps(i32::MAX).is_err(), "a process that is not there has mappings");
+    job.passes()
 }
 
 #[test]

@@ -30,9 +30,18 @@ static int deep(int n)
     return n ? deep(n - 1) + frame[17] : frame[1];
 }
 
-int main(void)
+/* `mappings MIB` has so much more memory. */
+int main(int argc, char **argv)
 {
+    size_t ballast = argc > 1 ? (size_t)atoi(argv[1]) << 20 : 0;
+
     setvbuf(stdout, NULL, _IONBF, 0); /* stdio takes no memory later */
+    if (ballast) {
+        char *pages = mmap(NULL, ballast, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(pages != MAP_FAILED);
+        for (size_t at = 0; at < ballast; at += PAGE)
+            pages[at] = 1;
+    }
     unsigned char *anon = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     unsigned char *hole = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     unsigned char *shared = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

@@ -64,7 +64,7 @@ pub(super) fn capture(
                 | if map.flags.contains(VmFlags::NR) { libc::MAP_NORESERVE } else { 0 },
             advice: advice(map.flags),
             locked: u8::from(map.flags.contains(VmFlags::LO)),
-            huge: map.huge,
+            huge: table.memory().has_huge(pid, map.start, map.end),
         });
     }
     Ok(space)

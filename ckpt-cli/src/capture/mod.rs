@@ -30,6 +30,7 @@ use ckpt_common::image::manifest::{PhaseTime, ProcessMemory};
 use ckpt_common::image::{file::OpenFile, process::Process};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use plan::{Blocker, Connection, Plan};
@@ -107,7 +108,7 @@ impl Session {
     pub fn plan(pids: &[i32], options: Options) -> Result<Self> {
         crate::sys::task::raise_descriptor_limit().context("raising the limit on open files")?;
         let plan = plan::plan(pids, &options)?;
-        let memory = MemoryDump::new(options.memory, None, Vec::new());
+        let memory = MemoryDump::new(options.memory, None, Kept::default());
         Ok(Self {
             pids: pids.to_vec(),
             plan,
@@ -131,7 +132,7 @@ impl Session {
     }
 
     /// Goes on with what an earlier dump has left: the checkpoint that it made, and what tracks writes since.
-    pub fn build_on(&mut self, base: PartReader, kept: Vec<Kept>) {
+    pub fn build_on(&mut self, base: PartReader, kept: Kept) {
         self.memory = MemoryDump::new(self.options.memory, Some(base), kept);
     }
 
@@ -144,7 +145,18 @@ impl Session {
         if self.plan.has_tcp {
             self.guard = Some(Guard::start()?);
         }
+        let pids: Vec<i32> = self.plan.processes.iter().map(|process| process.pid).collect();
+        let loading = self.memory.load_flags(&pids);
         self.memory.save_early(&self.pids, part).context("copying memory ahead of the freeze")?;
+        match loading.map(JoinHandle::join) {
+            Some(Ok(Ok(flags))) => self.memory.set_flags(flags),
+            Some(Ok(Err(error))) => tracing::debug!("flags of mappings are read from smaps: {error:#}"),
+            Some(Err(_)) => bail!("loading a BPF program panicked"),
+            None => {}
+        }
+        if self.memory.flags().is_some() {
+            return Ok(());
+        }
         for process in &self.plan.processes {
             // One that has ended meanwhile is no obstacle.
             let maps = proc::maps_with_flags(process.pid).unwrap_or_default();
@@ -284,12 +296,12 @@ impl Session {
     }
 
     /// Ends the session after the commit. Gives what is to be kept for the next dump.
-    pub fn finish(mut self, outcome: Outcome) -> Result<Vec<Kept>> {
+    pub fn finish(mut self, outcome: Outcome) -> Result<Kept> {
         if outcome == Outcome::LeaveRunning {
             self.thaw()?;
             return Ok(self.take_memory().end(true));
         }
-        let Some(frozen) = self.frozen.take() else { return Ok(Vec::new()) };
+        let Some(frozen) = self.frozen.take() else { return Ok(Kept::default()) };
         // Their peers never notice: sockets in repair mode close without a word, and what others still send gets no
         // answer while the hold is there.
         if let Some(hold) = &mut self.hold {
@@ -312,18 +324,18 @@ impl Session {
         }
         // They would outlive the job, and be in its way when it comes back.
         sysv::remove(&self.files)?;
-        Ok(Vec::new())
+        Ok(Kept::default())
     }
 
     /// Ends the session without a checkpoint; the job runs on. Gives what is to be kept for the next dump.
-    pub fn abandon(mut self) -> Vec<Kept> {
+    pub fn abandon(mut self) -> Kept {
         let memory = self.take_memory();
         drop(self);
         memory.end(false)
     }
 
     fn take_memory(&mut self) -> MemoryDump {
-        std::mem::replace(&mut self.memory, MemoryDump::new(self.options.memory, None, Vec::new()))
+        std::mem::replace(&mut self.memory, MemoryDump::new(self.options.memory, None, Kept::default()))
     }
 }
 

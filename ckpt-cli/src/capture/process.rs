@@ -76,7 +76,11 @@ pub(super) fn capture(
     process.oom_score_adj = i32::from(proc.oom_score_adj().unwrap_or(0));
     process.fds = table.descriptors(pid);
 
-    let maps = proc::maps_like_before(pid, known).context("reading the mappings")?;
+    let maps = table.memory().flags().and_then(|flags| {
+        let maps = flags.maps(pid);
+        maps.inspect_err(|error| tracing::debug!(pid, "its mappings are read from smaps: {error:#}")).ok()
+    });
+    let maps = maps.map_or_else(|| proc::maps_like_before(pid, known), Ok).context("reading the mappings")?;
     if let Some(leader) = frozen.threads.first() {
         process.pending = thread::pending(leader.tid, true)?;
     }

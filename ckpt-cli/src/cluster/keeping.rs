@@ -36,7 +36,7 @@ impl Keeping {
     }
 
     /// Takes what was kept since the last checkpoint; nothing where everything has to be saved.
-    pub(super) fn take(&mut self) -> Option<(PartReader, Vec<Kept>)> {
+    pub(super) fn take(&mut self) -> Option<(PartReader, Kept)> {
         let mut keeper = self.keeper();
         let state = keeper.take();
         self.keeper = Some(keeper);
@@ -45,7 +45,7 @@ impl Keeping {
         match self.open(&state) {
             Ok((name, part)) => {
                 self.base = Some(Base { name, dump: state.dump, part: state.part });
-                Some((part, state.spaces))
+                Some((part, state.kept))
             }
             Err(error) => {
                 tracing::info!("everything is saved, since the last checkpoint is of no use: {error:#}");
@@ -70,20 +70,20 @@ impl Keeping {
     }
 
     /// The dump is committed: the next one builds on it.
-    pub(super) fn give_new(&mut self, part: &PartRef, spaces: Vec<Kept>) {
+    pub(super) fn give_new(&mut self, part: &PartRef, kept: Kept) {
         let (dump, part) = (self.dump.clone(), part.clone());
-        self.give(State { dump, part, spaces });
+        self.give(State { dump, part, kept });
     }
 
     /// The dump is not committed: the next one builds on the same checkpoint.
-    pub(super) fn give_back(&mut self, spaces: Vec<Kept>) {
+    pub(super) fn give_back(&mut self, kept: Kept) {
         if let Some(Base { dump, part, .. }) = self.base.take() {
-            self.give(State { dump, part, spaces });
+            self.give(State { dump, part, kept });
         }
     }
 
     fn give(&mut self, state: State) {
-        if state.spaces.is_empty() {
+        if state.kept.spaces.is_empty() {
             return;
         }
         if let Err(error) = self.keeper().give(state) {

@@ -16,12 +16,14 @@ use super::tracker::Tracker;
 use crate::store::{PartReader, PartWriter};
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
+use crate::tracee::mapping_flags::MappingFlags;
 use crate::tracee::proc::{self, Maps};
 use anyhow::{Context as _, Result, ensure};
 use ckpt_common::image::manifest::PhaseTime;
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long one look may stop the job before the cut, and what must be done behind it.
@@ -29,8 +31,9 @@ pub(super) const LOOK: Duration = Duration::from_millis(4);
 /// Bytes per second that are copied in the freeze, until it was measured.
 const RATE: f64 = 1e9;
 /// Memory made ready for the copies in the freeze, beside what they are expected to take.
-const SPARE: u64 = 8 << 20;
-
+const SPARE: u64 = 4 << 20;
+/// For more memory than this, loading the reader of flags takes less time than /proc/PID/smaps.
+const WORTH_FLAGS: u64 = 512 << 20;
 /// What is copied at a time where the store takes it at once.
 const STREAMED: u64 = 64 << 20;
 
@@ -45,9 +48,18 @@ pub struct Options {
     pub stop: bool,
 }
 
+/// What an earlier dump has left for the next one.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// What tracks the address spaces.
+    pub spaces: Vec<KeptSpace>,
+    /// What reads flags of mappings.
+    pub flags: Option<MappingFlags>,
+}
+
 /// What an earlier dump has left of an address space.
 #[derive(Debug)]
-pub struct Kept {
+pub struct KeptSpace {
     /// The process, and when it started.
     pub pid: i32,
     /// In ticks since the node's boot.
@@ -65,7 +77,8 @@ pub struct Kept {
 pub struct MemoryDump {
     options: Options,
     base: Option<PartReader>,
-    kept: BTreeMap<i32, Kept>,
+    kept: BTreeMap<i32, KeptSpace>,
+    flags: Option<MappingFlags>,
     pids: Vec<i32>,
     spaces: BTreeMap<i32, Space>,
     staging: Staging,
@@ -82,11 +95,12 @@ pub struct MemoryDump {
 
 impl MemoryDump {
     /// Nothing is looked at yet. `kept` is relative to `base`.
-    pub fn new(options: Options, base: Option<PartReader>, kept: Vec<Kept>) -> Self {
+    pub fn new(options: Options, base: Option<PartReader>, kept: Kept) -> Self {
         Self {
             options,
             base,
-            kept: kept.into_iter().map(|kept| (kept.pid, kept)).collect(),
+            kept: kept.spaces.into_iter().map(|kept| (kept.pid, kept)).collect(),
+            flags: kept.flags,
             pids: Vec::new(),
             spaces: BTreeMap::new(),
             staging: Staging::new(staging_limit()),
@@ -98,6 +112,28 @@ impl MemoryDump {
             rate: RATE,
             times: Vec::new(),
         }
+    }
+
+    /// Begins to load what reads flags of mappings, if these processes have so much memory that it is worth it.
+    pub fn load_flags(&self, pids: &[i32]) -> Option<JoinHandle<Result<MappingFlags>>> {
+        let bytes: u64 = pids.iter().map(|pid| proc::private_bytes(*pid)).sum();
+        (self.flags.is_none() && bytes > WORTH_FLAGS).then(|| std::thread::spawn(MappingFlags::load))
+    }
+
+    /// It was loaded.
+    pub fn set_flags(&mut self, flags: MappingFlags) {
+        self.flags = Some(flags);
+    }
+
+    /// Reads flags of mappings, unless there is only smaps.
+    pub fn flags(&self) -> Option<&MappingFlags> {
+        self.flags.as_ref()
+    }
+
+    /// Has this range of addresses of a process that was cut huge pages?
+    pub fn has_huge(&self, pid: i32, start: u64, end: u64) -> bool {
+        let size = PAGE_SIZE as u64;
+        self.spaces.get(&pid).is_some_and(|space| !space.huge.within(start / size..end / size).is_empty())
     }
 
     /// What took how long.
@@ -315,8 +351,8 @@ impl MemoryDump {
 
     /// The end of the dump, with what is to be kept for the next one. If the checkpoint was not committed, everything
     /// that was modified is on the lists again, relative to the old base.
-    pub fn end(self, committed: bool) -> Vec<Kept> {
-        let mut all: Vec<Kept> = if committed { Vec::new() } else { self.kept.into_values().collect() };
+    pub fn end(self, committed: bool) -> Kept {
+        let mut all: Vec<KeptSpace> = if committed { Vec::new() } else { self.kept.into_values().collect() };
         for mut space in self.spaces.into_values() {
             match committed {
                 true => space.lists.commit(),
@@ -326,10 +362,10 @@ impl MemoryDump {
             let memory = if committed { Some(space.id) } else { space.base };
             let (pid, started, modified) = (space.pid, space.started, space.lists.modified());
             if let (Some(memory), Some(tracker)) = (memory, space.into_tracker()) {
-                all.push(Kept { pid, started, memory, modified, tracker });
+                all.push(KeptSpace { pid, started, memory, modified, tracker });
             }
         }
-        all
+        Kept { spaces: all, flags: self.flags }
     }
 }
 

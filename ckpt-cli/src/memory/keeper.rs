@@ -9,11 +9,12 @@
 //! They speak through a Unix socket at a path that follows from store and job. A message is its length (u32), its
 //! content (MessagePack), and then its descriptors in groups, each group with one byte.
 
-use super::dump::Kept;
+use super::dump::{Kept, KeptSpace};
 use super::page_set::PageSet;
 use super::tracker::Tracker;
 use crate::sys::pidfd;
 use crate::sys::userfaultfd::Userfaultfd;
+use crate::tracee::mapping_flags::MappingFlags;
 use anyhow::{Context as _, Result, bail, ensure};
 use ckpt_common::image::{Digest, MemoryId, manifest::PartRef};
 use nix::cmsg_space;
@@ -45,8 +46,8 @@ pub struct State {
     pub dump: String,
     /// This node's part of the base.
     pub part: PartRef,
-    /// What was kept of each process.
-    pub spaces: Vec<Kept>,
+    /// What was kept.
+    pub kept: Kept,
 }
 
 /// The keeper of a job on this node.
@@ -68,6 +69,8 @@ struct Stored {
     dump: String,
     part: PartRef,
     spaces: Vec<StoredSpace>,
+    /// Is there, behind the userfaultfds, the program that reads flags of mappings?
+    flags: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -148,28 +151,35 @@ fn hand_over(stream: &mut UnixStream, message: &Message, fds: &[OwnedFd]) -> Res
 }
 
 fn split(state: State) -> (Stored, Vec<OwnedFd>) {
-    let State { dump, part, spaces } = state;
-    let mut fds = Vec::with_capacity(spaces.len());
-    let spaces = spaces.into_iter().map(|kept| {
+    let State { dump, part, kept } = state;
+    let mut fds = Vec::with_capacity(kept.spaces.len() + 1);
+    let spaces = kept.spaces.into_iter().map(|kept| {
         fds.push(kept.tracker.into_userfaultfd().into());
         let modified = kept.modified.ranges().iter().map(|range| (range.start, range.end)).collect();
         StoredSpace { pid: kept.pid, started: kept.started, memory: kept.memory, modified }
     });
     let spaces = spaces.collect();
-    (Stored { dump, part, spaces }, fds)
+    let flags = kept.flags.is_some();
+    fds.extend(kept.flags.map(MappingFlags::into_program));
+    (Stored { dump, part, spaces, flags }, fds)
 }
 
-fn join(stored: Stored, fds: Vec<OwnedFd>) -> Result<State> {
-    let Stored { dump, part, spaces } = stored;
+fn join(stored: Stored, mut fds: Vec<OwnedFd>) -> Result<State> {
+    let Stored { dump, part, spaces, flags } = stored;
+    let program = if flags { fds.pop() } else { None };
     ensure!(spaces.len() == fds.len(), "{} descriptors for {} processes", fds.len(), spaces.len());
-    let spaces = spaces.into_iter().zip(fds).map(|(space, fd)| Kept {
+    let spaces = spaces.into_iter().zip(fds).map(|(space, fd)| KeptSpace {
         pid: space.pid,
         started: space.started,
         memory: space.memory,
         modified: space.modified.iter().map(|(start, end)| *start..*end).collect::<PageSet>(),
         tracker: Tracker::new(Userfaultfd::from(fd)),
     });
-    Ok(State { dump, part, spaces: spaces.collect() })
+    let flags = program.and_then(|program| {
+        let flags = MappingFlags::new(program);
+        flags.inspect_err(|error| tracing::debug!("the kept BPF program is of no use: {error:#}")).ok()
+    });
+    Ok(State { dump, part, kept: Kept { spaces: spaces.collect(), flags } })
 }
 
 fn send(stream: &mut UnixStream, message: &Message, fds: &[OwnedFd]) -> Result<()> {
@@ -304,7 +314,7 @@ mod tests {
         let at = path.clone();
         let keeper = std::thread::spawn(move || run(&at, its));
         let state = |count: i32| {
-            let spaces = (0..count).map(|number| Kept {
+            let spaces = (0..count).map(|number| KeptSpace {
                 pid: std::process::id() as i32,
                 started: 7,
                 memory: MemoryId(number as u32),
@@ -314,16 +324,17 @@ mod tests {
             State {
                 dump: "d".into(),
                 part: PartRef { bytes: 5, ..PartRef::default() },
-                spaces: spaces.collect(),
+                kept: Kept { spaces: spaces.collect(), flags: None },
             }
         };
         Keeper { path: path.clone(), stream: Some(ours) }.give(state(300)).unwrap();
         for count in [300, 1] {
             let mut keeper = Keeper { path: path.clone(), stream: UnixStream::connect(&path).ok() };
             let taken = keeper.take().unwrap();
-            assert_eq!((taken.dump.as_str(), taken.part.bytes, taken.spaces.len()), ("d", 5, count));
-            assert_eq!(taken.spaces[0].modified.pages(), 3);
-            assert_eq!(taken.spaces[count - 1].memory, MemoryId(count as u32 - 1));
+            let spaces = taken.kept.spaces;
+            assert_eq!((taken.dump.as_str(), taken.part.bytes, spaces.len()), ("d", 5, count));
+            assert_eq!(spaces[0].modified.pages(), 3);
+            assert_eq!(spaces[count - 1].memory, MemoryId(count as u32 - 1));
             assert!(keeper.take().is_none());
             if count > 1 {
                 keeper.give(state(1)).unwrap();

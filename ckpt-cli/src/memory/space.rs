@@ -50,6 +50,8 @@ pub struct Space {
     pub lists: CommitLists,
     /// Pages with content of their own at the cut.
     pub own: PageSet,
+    /// Those of them in huge pages.
+    pub huge: PageSet,
     /// What was done.
     pub statistics: Statistics,
     /// Pages that were written after the cut, unnoticed by the tracker.
@@ -87,6 +89,7 @@ impl Space {
             base: None,
             lists: CommitLists::default(),
             own: PageSet::default(),
+            huge: PageSet::default(),
             statistics: Statistics::default(),
             written_later: PageSet::default(),
             pinned: PageSet::default(),
@@ -234,14 +237,14 @@ impl Space {
             return Err(rings::Busy { pid: self.pid }.into());
         }
         self.maps.clone_from(maps);
-        let Scan { own, written } = match &mut self.tracker {
+        let Scan { own, written, huge } = match &mut self.tracker {
             Some(tracker) => tracker.scan(&self.pagemap, maps, &tracker::windows(maps, WINDOW), None)?.0,
             None => tracker::look(&self.pagemap, maps)?,
         };
         self.started = started(self.pid)?;
         self.lists.written(&written.union(&self.pinned.intersection(&own)));
         self.lists.swap();
-        self.own = own;
+        (self.own, self.huge) = (own, huge);
         Ok(())
     }
 

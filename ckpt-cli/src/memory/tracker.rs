@@ -33,7 +33,7 @@ const OWN: Query = Query {
     inverted: category::FILE | category::ZERO,
     all: category::FILE | category::ZERO,
     any: category::PRESENT | category::SWAPPED,
-    report: category::WRITTEN | category::SWAPPED,
+    report: category::WRITTEN | category::SWAPPED | category::HUGE,
 };
 
 /// The same where no file is mapped. Whether a page is a file's the kernel looks up in its `struct page`, which
@@ -57,6 +57,8 @@ pub struct Scan {
     pub own: PageSet,
     /// Those of them that were written since the last look, or of which that is not known.
     pub written: PageSet,
+    /// Those of them that are in huge pages.
+    pub huge: PageSet,
 }
 
 /// How far [`Tracker::register`] has come.
@@ -302,6 +304,7 @@ pub fn windows(maps: &[Map], most: u64) -> Vec<Range<u64>> {
 struct Seen {
     own: Vec<Range<u64>>,
     written: Vec<Range<u64>>,
+    huge: Vec<Range<u64>>,
     swapped: Vec<Range<u64>>,
     /// Not registered.
     strange: Vec<Range<u64>>,
@@ -329,6 +332,7 @@ impl Seen {
     fn append(&mut self, mut other: Self) {
         self.own.append(&mut other.own);
         self.written.append(&mut other.written);
+        self.huge.append(&mut other.huge);
         self.swapped.append(&mut other.swapped);
         self.strange.append(&mut other.strange);
     }
@@ -337,6 +341,9 @@ impl Seen {
         let pages = page_numbers(region);
         if written {
             self.written.push(pages.clone());
+        }
+        if region.categories & category::HUGE != 0 {
+            self.huge.push(pages.clone());
         }
         if region.categories & category::SWAPPED != 0 {
             self.swapped.push(pages.clone());
@@ -354,7 +361,8 @@ impl Seen {
             own = own.difference(&dropped(pagemap, &swapped.intersection(&of_files))?);
         }
         let written = PageSet::from_iter(self.written).intersection(&own);
-        Ok(Scan { own, written })
+        let huge = PageSet::from_iter(self.huge).intersection(&own);
+        Ok(Scan { own, written, huge })
     }
 }
 
@@ -401,7 +409,6 @@ mod tests {
             inode: 0,
             path: String::new(),
             flags: procfs::process::VmFlags::empty(),
-            huge: false,
         }
     }
 

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, anyhow};
 use aya::programs::ProgramError;
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
+use std::sync::OnceLock;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ckpt-ebpf/prebuilt/ckpt.bpf.o");
 
@@ -16,6 +17,19 @@ pub fn load(sizes: &[(&str, u32)]) -> Result<Ebpf> {
         loader.map_max_entries(name, *entries);
     }
     loader.load(OBJECT).map_err(hint).context("load the BPF object")
+}
+
+/// Types of the running kernel, read once: that takes longer than anything else here.
+///
+/// # Errors
+/// The kernel does not give them (CONFIG_DEBUG_INFO_BTF).
+pub fn kernel_types() -> Result<&'static Btf> {
+    static TYPES: OnceLock<Btf> = OnceLock::new();
+    if let Some(types) = TYPES.get() {
+        return Ok(types);
+    }
+    let types = Btf::from_sys_fs().context("types of the kernel (/sys/kernel/btf/vmlinux)")?;
+    Ok(TYPES.get_or_init(|| types))
 }
 
 /// Adds what to do to the commonest failures.

@@ -23,6 +23,7 @@ pub mod task;
 pub mod unix_socket;
 pub mod userfaultfd;
 pub mod vm_write;
+pub mod vma_iter;
 pub mod write_behind;
 
 use std::io;

@@ -18,6 +18,8 @@ pub mod category {
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared page of zeros.
     pub const ZERO: u64 = 1 << 5;
+    /// In a huge page.
+    pub const HUGE: u64 = 1 << 6;
 }
 
 /// A run of pages with equal categories, addresses in bytes.

@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod freeze;
 pub mod healing;
+pub mod mapping_flags;
 pub mod proc;
 pub mod registers;
 pub mod rings;

@@ -25,10 +25,8 @@ pub struct Map {
     pub inode: u64,
     /// Path or pseudo-path as the kernel prints it.
     pub path: String,
-    /// `VmFlags` (only from smaps).
+    /// Flags, where they were asked for.
     pub flags: VmFlags,
-    /// Are there transparent huge pages of private memory (only from smaps)?
-    pub huge: bool,
 }
 
 impl Map {
@@ -63,26 +61,30 @@ impl Map {
 /// What a process may grow between a look and the freeze: one such piece of what it has.
 const PIECES: u64 = 32;
 
+/// By how much the kernel's counters may be behind: each processor counts for itself first (linux/percpu_counter.h).
+const SLACK: u64 = 1 << 20;
+
 /// Mappings of a process in address order.
 pub type Maps = Vec<Map>;
 
-/// Flags that anybody here asks for, by their names in smaps.
-const FLAGS: [(&str, VmFlags); 15] = [
-    ("mw", VmFlags::MW),
-    ("gd", VmFlags::GD),
-    ("pf", VmFlags::PF),
-    ("lo", VmFlags::LO),
-    ("io", VmFlags::IO),
-    ("sr", VmFlags::SR),
-    ("rr", VmFlags::RR),
-    ("dc", VmFlags::DC),
-    ("nr", VmFlags::NR),
-    ("ht", VmFlags::HT),
-    ("wf", VmFlags::WF),
-    ("dd", VmFlags::DD),
-    ("hg", VmFlags::HG),
-    ("nh", VmFlags::NH),
-    ("mg", VmFlags::MG),
+/// Flags that anybody here asks for: their names in smaps, and their bits in the kernel's own record (`vm_flags` of
+/// linux/mm.h, on x86-64).
+pub(super) const FLAGS: [(&str, u64, VmFlags); 15] = [
+    ("mw", 0x20, VmFlags::MW),
+    ("gd", 0x100, VmFlags::GD),
+    ("pf", 0x400, VmFlags::PF),
+    ("lo", 0x2000, VmFlags::LO),
+    ("io", 0x4000, VmFlags::IO),
+    ("sr", 0x8000, VmFlags::SR),
+    ("rr", 0x1_0000, VmFlags::RR),
+    ("dc", 0x2_0000, VmFlags::DC),
+    ("nr", 0x20_0000, VmFlags::NR),
+    ("ht", 0x40_0000, VmFlags::HT),
+    ("wf", 0x200_0000, VmFlags::WF),
+    ("dd", 0x400_0000, VmFlags::DD),
+    ("hg", 0x2000_0000, VmFlags::HG),
+    ("nh", 0x4000_0000, VmFlags::NH),
+    ("mg", 0x8000_0000, VmFlags::MG),
 ];
 
 /// A line of maps: `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE    PATH`.
@@ -114,7 +116,6 @@ fn header(line: &str) -> Option<Map> {
         inode,
         path: rest.trim_start_matches(' ').to_owned(),
         flags: VmFlags::empty(),
-        huge: false,
     })
 }
 
@@ -126,10 +127,8 @@ fn parse(text: &str) -> Maps {
         if !line.starts_with(|first: char| first.is_ascii_uppercase()) {
             maps.extend(header(line));
         } else if let (Some(names), Some(map)) = (line.strip_prefix("VmFlags:"), maps.last_mut()) {
-            let flag = |name: &str| FLAGS.iter().find(|(known, _)| *known == name).map(|(_, flag)| *flag);
+            let flag = |name: &str| FLAGS.iter().find(|(known, ..)| *known == name).map(|(.., flag)| *flag);
             map.flags = names.split_ascii_whitespace().filter_map(flag).collect();
-        } else if let (Some(size), Some(map)) = (line.strip_prefix("AnonHugePages:"), maps.last_mut()) {
-            map.huge = size.trim() != "0 kB";
         }
     }
     // The page of old-style system calls is the same in every process and cannot be moved or unmapped.
@@ -159,25 +158,19 @@ pub fn maps_like_before(pid: i32, before: &Maps) -> std::io::Result<Maps> {
     let mut now = maps(pid)?;
     for map in &mut now {
         let same = before.binary_search_by_key(&map.start, |known| known.start).ok().map(|at| &before[at]);
-        let Some(known) =
-            same.filter(|known| Map { flags: map.flags, huge: map.huge, ..(*known).clone() } == *map)
-        else {
+        let Some(known) = same.filter(|known| Map { flags: map.flags, ..(*known).clone() } == *map) else {
             return maps_with_flags(pid);
         };
-        (map.flags, map.huge) = (known.flags, known.huge);
+        map.flags = known.flags;
     }
     Ok(now)
 }
 
-/// About how many bytes a copy of the process's memory takes: what is its own, and its share of shared memory.
+/// About how many bytes a copy of what only the process has takes (proc_pid_status(5)).
 pub fn private_bytes(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let fields = text.lines().filter_map(|line| {
-        let (key, value) = line.split_once(':')?;
-        let kilobytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
-        ["Anonymous", "Swap", "Pss_Shmem"].contains(&key).then_some(kilobytes << 10)
-    });
-    fields.sum::<u64>() / PIECES * (PIECES + 1)
+    let status = Process::new(pid).and_then(|process| process.status());
+    let kilobytes = status.map_or(0, |s| s.rssanon.unwrap_or(0) + s.vmswap.unwrap_or(0));
+    (kilobytes << 10) / PIECES * (PIECES + 1) + SLACK
 }
 
 /// TIDs of a process, the leader first.
@@ -250,10 +243,8 @@ mod tests {
     const SMAPS: &str = "\
 7f0000000000-7f0000003000 rw-s 00001000 08:1f 77                         /tmp/a  b (deleted)
 Size:                 12 kB
-AnonHugePages:      2048 kB
 VmFlags: rd wr sh mr mw me ms nh sd
 7f0000004000-7f0000005000 ---p 00000000 00:00 0 
-AnonHugePages:         0 kB
 VmFlags: mr mw me gd nr sd
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 VmFlags: ex
@@ -272,7 +263,6 @@ VmFlags: ex
         assert_eq!((first.prot, first.shared), (libc::PROT_READ | libc::PROT_WRITE, true));
         assert_eq!(first.flags, VmFlags::MW | VmFlags::NH);
         let second = &maps[1];
-        assert!(first.huge && !second.huge);
         assert_eq!((second.prot, second.shared, second.path.as_str()), (0, false, ""));
         assert_eq!(second.flags, VmFlags::MW | VmFlags::GD | VmFlags::NR);
     }

@@ -8,8 +8,8 @@ use crate::memory::page_set::PageSet;
 use crate::sys::{bpf_object, shared_map::SharedMap};
 use crate::tracee::proc;
 use anyhow::{Context as _, Result, ensure};
+use aya::Ebpf;
 use aya::programs::BtfTracePoint;
-use aya::{Btf, Ebpf};
 use ckpt_common::bpf::{
     COW_MAX_NAMESPACES, COW_MAX_REGIONS, COW_RESERVE, CowControl, CowPage, CowRegion, PageState,
     PidNamespace, SlotOwner,
@@ -59,13 +59,13 @@ impl Loaded {
     fn new(pages: u64, slots: u64) -> Result<Self> {
         let sizes = [("COW_PAGES", pages as u32), ("COW_SLOTS", slots as u32), ("COW_OWNERS", slots as u32)];
         let mut programs = bpf_object::load(&sizes)?;
-        let btf = Btf::from_sys_fs().context("types of the kernel (/sys/kernel/btf/vmlinux)")?;
+        let btf = bpf_object::kernel_types()?;
         for (name, tracepoint) in
             [("cow_fault_user", "page_fault_user"), ("cow_fault_kernel", "page_fault_kernel")]
         {
             let program: &mut BtfTracePoint =
                 programs.program_mut(name).context("not in the object")?.try_into().context(name)?;
-            program.load(tracepoint, &btf).with_context(|| format!("load the BPF program {name}"))?;
+            program.load(tracepoint, btf).with_context(|| format!("load the BPF program {name}"))?;
             program.attach().with_context(|| format!("attach the BPF program {name}"))?;
         }
         let control = shared(&programs, "COW_CONTROL", 1)?;
