@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 enum { SAMPLES = 1 << 20, WORDS = 512 };
-enum { RATE = 1, TOUCH, MODIFY, FORK, FORK_AND_SAVE, REFRESH };
+enum { RATE = 1, TOUCH, MODIFY, FORK, FORK_AND_SAVE, REFRESH, GROW };
 #define FULL UINT64_MAX
 
 // xtask/src/bench/program.rs reads and writes this.
@@ -34,6 +34,7 @@ static uint64_t *memory;
 static uint64_t pages;
 static int huge;
 static uint64_t rate;
+static int grows;
 static const char *save;
 static pid_t bench;
 static uint64_t state = 88172645463325252u;
@@ -96,6 +97,15 @@ static void snapshot(int saves) {
     _exit(0);
 }
 
+// Its heap has another end ten times per millisecond.
+static void grow(void) {
+    static uint64_t grown;
+    char *at = sbrk(4096);
+    if (at == (void *)-1) err(1, "sbrk");
+    *at = 1;
+    if (++grown % 4096 == 0 && sbrk(-4096 * 4096) == (void *)-1) err(1, "sbrk");
+}
+
 static void obey(void) {
     static uint64_t cursor;
     uint64_t argument = board.argument, begin = now();
@@ -116,6 +126,7 @@ static void obey(void) {
         munmap(memory, pages * 4096);
         fill();
         break;
+    case GROW: grows = argument; break;
     }
     board.done = board.number;
 }
@@ -162,8 +173,9 @@ int main(int argc, char **argv) {
             last = since = now(), written = 0;
         }
         if (rate == 0) {
-            static const struct timespec ms = {0, 1000000};
-            nanosleep(&ms, NULL);
+            const struct timespec pause = {0, grows ? 100000 : 1000000};
+            nanosleep(&pause, NULL);
+            if (grows) grow();
         } else if (rate == FULL) {
             uint64_t *at = memory + place++ % pages * WORDS;
             for (int i = 1; i < WORDS; i += 8) at[i]++;

@@ -33,7 +33,7 @@ const RATE: f64 = 1e9;
 /// Memory made ready for the copies in the freeze, beside what they are expected to take.
 const SPARE: u64 = 4 << 20;
 /// For more memory than this, loading the reader of flags takes less time than /proc/PID/smaps.
-const WORTH_FLAGS: u64 = 512 << 20;
+const WORTH_FLAGS: u64 = 128 << 20;
 /// What is copied at a time where the store takes it at once.
 const STREAMED: u64 = 64 << 20;
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use aya::programs::ProgramError;
-use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
+use aya::{Btf, BtfError, Ebpf, EbpfError, EbpfLoader};
 use std::sync::OnceLock;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../ckpt-ebpf/prebuilt/ckpt.bpf.o");
@@ -24,12 +24,9 @@ pub fn load(sizes: &[(&str, u32)]) -> Result<Ebpf> {
 /// # Errors
 /// The kernel does not give them (CONFIG_DEBUG_INFO_BTF).
 pub fn kernel_types() -> Result<&'static Btf> {
-    static TYPES: OnceLock<Btf> = OnceLock::new();
-    if let Some(types) = TYPES.get() {
-        return Ok(types);
-    }
-    let types = Btf::from_sys_fs().context("types of the kernel (/sys/kernel/btf/vmlinux)")?;
-    Ok(TYPES.get_or_init(|| types))
+    static TYPES: OnceLock<Result<Btf, BtfError>> = OnceLock::new();
+    let types = TYPES.get_or_init(Btf::from_sys_fs).as_ref();
+    types.map_err(|error| anyhow!("{error}")).context("types of the kernel (/sys/kernel/btf/vmlinux)")
 }
 
 /// Adds what to do to the commonest failures.

@@ -25,6 +25,13 @@ impl Run {
             };
             self.dumps(format!("{percent}%"), writer, modify, &[])?;
         }
+        self.report.section("growth with resident memory, of increments (1% modified, a heap that grows)");
+        for mib in [256, 1024, 4096].into_iter().filter(|mib| *mib <= last) {
+            let mut writer = Writer::start(&self.bench, mib, Pages::Small, 1)?;
+            writer.order(Order::Grow)?;
+            let modify = |writer: &mut Writer| writer.order(Order::Modify(writer.pages() / 100)).map(drop);
+            self.dumps(format!("{mib} MiB"), writer, modify, &[])?;
+        }
         self.report.section("growth with threads (256 MiB, 1% modified)");
         for threads in [1, 16, 64, 256] {
             let writer = Writer::start(&self.bench, 256, Pages::Small, threads)?;

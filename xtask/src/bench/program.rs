@@ -37,6 +37,8 @@ pub(super) enum Order {
     Fork { save: bool },
     /// Its memory anew: huge pages that were split are whole again
     Refresh,
+    /// Its heap grows and shrinks all the time
+    Grow,
 }
 
 /// Kind of pages.
@@ -121,6 +123,7 @@ impl Writer {
             Order::Fork { save: false } => (4, 0),
             Order::Fork { save: true } => (5, 0),
             Order::Refresh => (6, 0),
+            Order::Grow => (7, 1),
         };
         self.orders += 1;
         let words = [what, argument].map(u64::to_ne_bytes).concat();
