@@ -1,7 +1,9 @@
 //! One function per feature of the kernel.
 
 use super::Found;
+use crate::memory::cow::Way;
 use crate::sys::{self, pagemap};
+use crate::tracee::mapping_flags::MappingFlags;
 use ckpt_common::image::PAGE_SIZE;
 use nix::{
     sys::{
@@ -175,6 +177,16 @@ pub(super) fn hold() -> Found {
     let hold = crate::network::hold::Hold::load().map_err(|error| format!("{error:#}"))?;
     hold.release().map_err(|error| format!("{error:#}"))?;
     Ok("programs were attached to the root of the cgroup2 tree".into())
+}
+
+pub(super) fn page_faults() -> Found {
+    crate::memory::cow::Cow::choose(Way::Bpf).map_err(|error| format!("{error:#}"))?;
+    Ok("programs were attached to the tracepoints of page faults".into())
+}
+
+pub(super) fn mappings() -> Found {
+    MappingFlags::load().map_err(|error| format!("{error:#}"))?;
+    Ok("a program has read flags of mappings, and they were right".into())
 }
 
 pub(super) fn userfaultfd() -> Found {

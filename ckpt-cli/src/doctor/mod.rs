@@ -13,7 +13,7 @@ type Found = Result<String, String>;
 /// Looks at everything.
 pub fn probe(store: &Path) -> Vec<Probe> {
     use ProbeState::{Degraded, Missing};
-    let probes: [(&str, ProbeState, &str, Found); 12] = [
+    let probes: [(&str, ProbeState, &str, Found); 14] = [
         ("machine", Missing, "anything", features::machine()),
         ("privileges", Missing, "anything", features::privileges()),
         ("ptrace", Missing, "freezing and rebuilding processes", features::ptrace()),
@@ -29,6 +29,8 @@ pub fn probe(store: &Path) -> Vec<Probe> {
         ("PAGEMAP_SCAN", Missing, "finding the pages to save", features::pagemap_scan()),
         ("TCP_REPAIR", Missing, "connections", features::tcp_repair()),
         ("BPF on cgroups", Missing, "connections", features::hold()),
+        ("BPF on page faults", Degraded, "saving memory behind a short freeze", features::page_faults()),
+        ("BPF on mappings", Degraded, "freezes that do not grow with memory", features::mappings()),
         ("userfaultfd", Degraded, "saving only what was modified", features::userfaultfd()),
         ("store", Missing, "checkpoints", store_state(store)),
     ];
@@ -80,7 +82,7 @@ mod tests {
     fn every_probe_has_something_to_say() {
         let directory = tempfile::TempDir::new().unwrap();
         let probes = probe(&directory.path().join("store"));
-        assert_eq!(probes.len(), 12);
+        assert_eq!(probes.len(), 14);
         assert!(probes.iter().all(|probe| !probe.detail.is_empty() && !probe.needed_for.is_empty()));
         // These need neither privileges nor special kernels.
         for name in ["pidfd_getfd", "store"] {

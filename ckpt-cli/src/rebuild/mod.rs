@@ -115,7 +115,11 @@ impl Session {
         let files: Vec<OpenFile> = part.read().context("reading the open files")?;
         let (obstacles, namespace) = plan::plan(&processes, &files, &options)?;
         let log = (options.stdio == Stdio::Log).then_some(options.log_directory.as_path());
-        let server = (options.lazy && obstacles.is_empty()).then(|| server::Server::start(&part, log));
+        let mut wanted = plan::numbers(&processes);
+        // A leader that has ended needs its number for a moment, too.
+        wanted.extend(processes.iter().flat_map(|process| [process.pgid, process.sid]));
+        let server =
+            (options.lazy && obstacles.is_empty()).then(|| server::Server::start(&part, &wanted, log));
         Ok(Self {
             server: server.transpose()?,
             part,

@@ -8,7 +8,7 @@ use ckpt_common::image::Kind;
 use ckpt_common::image::file::OpenFile;
 use ckpt_common::image::objects::{FileRestore, PathFile};
 use ckpt_common::image::process::Process;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
 /// How long zombies with a PID of the job are waited for.
@@ -101,13 +101,15 @@ fn segments(files: &[OpenFile]) -> Result<Vec<Obstacle>> {
     Ok(found.map(|(what, reason)| Obstacle { pid: None, what, reason }).collect())
 }
 
+/// PIDs and TIDs that the processes have to get.
+pub(super) fn numbers(processes: &[Process]) -> BTreeSet<i32> {
+    let wanted = processes.iter().filter(|p| p.zombie.is_none() || p.ppid != 0);
+    wanted.flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid])).collect()
+}
+
 /// PIDs and TIDs of the job that are in use here.
 fn taken(processes: &[Process]) -> Vec<i32> {
-    let wanted = processes.iter().filter(|p| p.zombie.is_none() || p.ppid != 0);
-    let wanted = wanted.flat_map(|p| p.threads.iter().map(|t| t.tid).chain([p.pid]));
-    let mut wanted: Vec<i32> = wanted.collect();
-    wanted.sort_unstable();
-    wanted.dedup();
+    let wanted = numbers(processes);
     let start = Instant::now();
     loop {
         let (dead, alive): (Vec<i32>, Vec<i32>) = wanted

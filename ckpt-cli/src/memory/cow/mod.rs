@@ -101,17 +101,21 @@ impl Cow {
     /// # Errors
     /// The way that was asked for by name is not to be had.
     pub fn choose(way: Way) -> Result<Option<Self>> {
-        let cow = |guard: Box<dyn Guard>| Some(Self { guard, guarded: BTreeMap::new() });
-        Ok(match (way, bpf::probe()) {
-            (Way::Stop, _) => None,
-            (Way::Bpf | Way::Auto, Ok(())) => cow(Box::<bpf::BpfGuard>::default()),
-            (Way::Bpf, Err(error)) => return Err(error).context("guarding pages by a BPF program"),
-            (Way::Auto, Err(error)) => {
-                tracing::info!("pages are guarded by a userfaultfd: {error:#}");
-                cow(Box::<uffd::UffdGuard>::default())
-            }
-            (Way::Uffd, _) => cow(Box::<uffd::UffdGuard>::default()),
-        })
+        let guard: Box<dyn Guard> = match way {
+            Way::Stop => return Ok(None),
+            Way::Uffd => Box::<uffd::UffdGuard>::default(),
+            Way::Bpf | Way::Auto => match bpf::probe() {
+                Ok(()) => Box::<bpf::BpfGuard>::default(),
+                Err(error) if way == Way::Bpf => {
+                    return Err(error).context("guarding pages by a BPF program");
+                }
+                Err(error) => {
+                    tracing::info!("pages are guarded by a userfaultfd: {error:#}");
+                    Box::<uffd::UffdGuard>::default()
+                }
+            },
+        };
+        Ok(Some(Self { guard, guarded: BTreeMap::new() }))
     }
 
     /// Makes ready what takes longer than a freeze may. `pages`: how many the processes have; `listed`: how many of

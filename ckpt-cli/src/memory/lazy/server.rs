@@ -14,13 +14,14 @@ use ckpt_common::image::{MemoryId, manifest::PartRef};
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Largest task: sixty thousand mappings in each of many processes.
@@ -50,11 +51,12 @@ struct TaskSpace {
 pub struct Server(UnixStream);
 
 impl Server {
-    /// Starts a server for a part. Messages of a later failure go to `log`.
+    /// Starts a server for a part. Messages of a later failure go to `log`. It is none of the `wanted` PIDs, which the
+    /// job is to have.
     ///
     /// # Errors
     /// It could not be started. What goes wrong with the part, [`Self::serve`] says.
-    pub fn start(part: &PartReader, log: Option<&Path>) -> Result<Self> {
+    pub fn start(part: &PartReader, wanted: &BTreeSet<i32>, log: Option<&Path>) -> Result<Self> {
         let (store, part) = part.place();
         let (ours, its) = UnixStream::pair()?;
         let messages = match log {
@@ -66,14 +68,12 @@ impl Server {
             }
             None => Stdio::null(),
         };
-        let child = Command::new("/proc/self/exe")
-            .arg("fill")
-            .current_dir("/")
-            .stdin(Stdio::from(OwnedFd::from(its)))
-            .stdout(Stdio::null())
-            .stderr(messages)
-            .spawn()
-            .context("starting the process that fills memory")?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("fill").current_dir("/").stdin(Stdio::from(OwnedFd::from(its)));
+        command.stdout(Stdio::null()).stderr(messages);
+        let child = spawn_beside(&mut command, wanted).context("starting the process that fills memory")?;
+        // Its end of the socket is its own: what is left of the command has a copy.
+        drop(command);
         tracing::debug!(pid = child.id(), "memory is filled by a process of its own");
         ours.set_read_timeout(Some(PATIENCE))?;
         let mut server = Self(ours);
@@ -123,6 +123,23 @@ impl Server {
             self.0.write_all(&(bytes.len() as u64).to_le_bytes()).and_then(|()| self.0.write_all(&bytes));
         said.context("telling the process that fills memory what to do")
     }
+}
+
+/// Starts a process that has none of these PIDs.
+fn spawn_beside(command: &mut Command, wanted: &BTreeSet<i32>) -> std::io::Result<Child> {
+    // They hold their numbers until there is one with another.
+    let mut in_the_way = Vec::new();
+    let found = loop {
+        match command.spawn() {
+            Ok(child) if wanted.contains(&(child.id() as i32)) => in_the_way.push(child),
+            other => break other,
+        }
+    };
+    for mut child in in_the_way {
+        child.kill()?;
+        child.wait()?;
+    }
+    found
 }
 
 /// What the restore says next; nothing where it has ended.
@@ -233,4 +250,30 @@ pub fn first_client() -> Result<UnixStream> {
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_number_of_the_job_is_taken() {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("60");
+        let mut first = sleep.spawn().unwrap();
+        let next = first.id() as i32 + 1;
+        let wanted: BTreeSet<i32> = (next..next + 20).collect();
+        let mut found = spawn_beside(&mut sleep, &wanted).unwrap();
+        assert!(!wanted.contains(&(found.id() as i32)), "{}", found.id());
+        // Whoever was in the way is gone, or has the number by chance and is another's.
+        let ours = |pid: &&i32| {
+            let stat = procfs::process::Process::new(**pid).and_then(|process| process.stat());
+            stat.is_ok_and(|stat| stat.ppid == std::process::id() as i32 && stat.comm == "sleep")
+        };
+        assert_eq!(wanted.iter().find(ours), None);
+        for child in [&mut first, &mut found] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
 }
