@@ -5,11 +5,12 @@ use crate::tracee::{Arena, Batch, Stopped, registers};
 use anyhow::{Context as _, Result};
 use ckpt_common::image::process::{AltStack, Credentials, Rseq, SigInfo, Thread};
 use nix::sys::socket::{SockaddrStorage, getpeername};
-use procfs::process::Process as Proc;
 use std::os::fd::{AsFd, AsRawFd};
 
 // prctl(2)
 const PR_GET_PDEATHSIG: u64 = 2;
+const PR_GET_NAME: u64 = 16;
+const PR_GET_TIMERSLACK: u64 = 30;
 const PR_GET_SECUREBITS: u64 = 27;
 const PR_GET_TID_ADDRESS: u64 = 40;
 
@@ -47,17 +48,18 @@ pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
     batch.call("sigaltstack", libc::SYS_sigaltstack, &[0, stack]);
     batch.call("prctl(PR_GET_TID_ADDRESS)", libc::SYS_prctl, &[PR_GET_TID_ADDRESS, ctid]);
     batch.call("prctl(PR_GET_PDEATHSIG)", libc::SYS_prctl, &[PR_GET_PDEATHSIG, death]);
+    let name = batch.bytes(&[0; 16]);
+    batch.call("prctl(PR_GET_NAME)", libc::SYS_prctl, &[PR_GET_NAME, name]);
+    let slack = batch.call("prctl(PR_GET_TIMERSLACK)", libc::SYS_prctl, &[PR_GET_TIMERSLACK]);
     let securebits = batch.call("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, &[PR_GET_SECUREBITS]);
     let done = thread.run(batch, true)?;
     done.all_ok()?;
 
-    let proc = Proc::new(thread.pid)?.task_from_tid(tid)?;
-    let status = proc.status()?;
-    let stat = proc.stat()?;
-    let slack = std::fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).unwrap_or_default();
+    let name = done.read(name, 16).split(|byte| *byte == 0).next().unwrap_or_default();
+    let status = thread.status()?;
     Ok(Thread {
         tid: thread.ns.1,
-        comm: stat.comm,
+        comm: String::from_utf8_lossy(name).into_owned(),
         regs: ptrace::regs_to_bytes(&regs),
         xstate,
         sigmask: thread.sigmask(),
@@ -73,7 +75,7 @@ pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
         creds: Credentials {
             uids: [status.ruid, status.euid, status.suid, status.fuid],
             gids: [status.rgid, status.egid, status.sgid, status.fgid],
-            groups: status.groups,
+            groups: status.groups.clone(),
             caps: [
                 status.capinh,
                 status.capprm,
@@ -88,7 +90,7 @@ pub(super) fn capture(thread: &mut Stopped, arena: Arena) -> Result<Thread> {
         affinity: affinity(tid)?,
         ioprio: task::ioprio(tid).context("reading the I/O priority")?,
         pdeathsig: done.word(death) as i32,
-        timer_slack: slack.trim().parse().unwrap_or(50_000),
+        timer_slack: done.result(slack)? as u64,
     })
 }
 

@@ -102,21 +102,25 @@ impl Frozen {
 impl Freezer {
     fn freeze(&mut self, pids: &[i32]) -> Result<()> {
         let mut known: Vec<i32> = pids.to_vec();
+        // Were all descendants of what is stopped known when it was looked for them?
+        let mut complete = false;
         loop {
-            let before = (known.len(), self.seized.len());
+            let seized = self.seized.len();
             for pid in known.clone() {
                 self.seize_threads(pid)?;
             }
             self.collect()?;
+            if complete && self.seized.len() == seized {
+                return Ok(());
+            }
+            let before = known.len();
             for pid in known.clone() {
                 known.extend(proc::tree(pid));
             }
             known.extend(self.frozen.processes.keys().copied());
             known.sort_unstable();
             known.dedup();
-            if before == (known.len(), self.seized.len()) {
-                return Ok(());
-            }
+            complete = known.len() == before;
         }
     }
 

@@ -1,7 +1,8 @@
 //! What /proc says about a process, in the form that capture and rebuild need.
 
 use crate::sys::task;
-use procfs::process::{Process, VmFlags};
+use procfs::FromBufRead as _;
+use procfs::process::{Process, Status, VmFlags};
 use std::fs::File;
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -194,6 +195,16 @@ pub fn is_kernels(pid: i32, tid: i32) -> bool {
     }
     let stat = Process::new(pid).and_then(|process| process.task_from_tid(tid)).and_then(|task| task.stat());
     stat.is_ok_and(|stat| stat.flags & PF_IO_WORKER != 0)
+}
+
+/// /proc/PID/task/TID/status, in one go: it is read of each thread of a frozen job.
+///
+/// # Errors
+/// The thread is gone.
+pub fn thread_status(pid: i32, tid: i32) -> procfs::ProcResult<Status> {
+    let mut text = Vec::with_capacity(4096);
+    File::open(format!("/proc/{pid}/task/{tid}/status"))?.read_to_end(&mut text)?;
+    Status::from_buf_read(text.as_slice())
 }
 
 /// Children of all threads of a process (CONFIG_PROC_CHILDREN); none where the process is gone.

@@ -2,9 +2,10 @@
 
 use super::batch::{Arena, Batch, Done, TOP_RESERVE};
 use super::healing::{self, FRAME_SP, Pieces};
-use super::{Result, TraceeError, registers};
+use super::{Result, TraceeError, proc, registers};
 use crate::sys::ptrace::{self, UserRegs, Wait};
 use crate::sys::{memory, pidfd};
+use procfs::process::Status;
 
 /// Signals that programs ignore unless they ask for them: candidates for the bell.
 const BELLS: [i32; 3] = [libc::SIGWINCH, libc::SIGURG, libc::SIGCHLD];
@@ -27,6 +28,7 @@ pub struct Stopped {
     bell: i32,
     deferred: Vec<i32>,
     born: Vec<i32>,
+    status: Option<Status>,
 }
 
 impl Stopped {
@@ -43,11 +45,10 @@ impl Stopped {
             bell: BELLS[0],
             deferred: Vec::new(),
             born: Vec::new(),
+            status: None,
         };
         registers::name_restarted(pid, &mut stopped.regs);
-        let status =
-            procfs::process::Process::new(pid).and_then(|p| p.task_from_tid(tid)).and_then(|t| t.status());
-        if let Ok(status) = status {
+        if let Ok(status) = proc::thread_status(pid, tid) {
             let last = |v: &Option<Vec<i32>>, or| v.as_ref().and_then(|v| v.last().copied()).unwrap_or(or);
             stopped.ns = (last(&status.nstgid, pid), last(&status.nspid, tid));
             let waiting = status.sigpnd | status.shdpnd;
@@ -58,8 +59,18 @@ impl Stopped {
                 .or_else(|| BELLS.into_iter().find(|s| free(waiting, *s)))
                 .unwrap_or(BELLS[0]);
             registers::hide_eintr(&mut stopped.regs, waiting & !stopped.sigmask != 0);
+            stopped.status = Some(status);
         }
         Ok(stopped)
+    }
+
+    /// What /proc said of it when it was taken over.
+    ///
+    /// # Errors
+    /// It said nothing.
+    pub fn status(&self) -> Result<&Status> {
+        let nothing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        self.status.as_ref().ok_or_else(nothing).map_err(TraceeError::request("reading the status", self.tid))
     }
 
     /// The program's registers.
