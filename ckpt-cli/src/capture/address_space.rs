@@ -8,21 +8,21 @@ use crate::tracee::rings;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::process::{AddressSpace, Backing, Mapping};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
-use procfs::process::{Process as Proc, VmFlags};
+use procfs::process::{Stat, VmFlags};
 use std::collections::HashMap;
 use std::os::unix::fs::FileTypeExt;
 
 /// Captures the address space.
 pub(super) fn capture(
     frozen: &mut FrozenProcess,
-    proc: &Proc,
+    stat: &Stat,
     maps: &Maps,
     brk: u64,
     table: &mut Table<'_>,
 ) -> Result<AddressSpace> {
-    let (pid, stat) = (frozen.pid, proc.stat()?);
+    let pid = frozen.pid;
     let field = |value: Option<u64>, name| value.with_context(|| format!("/proc/{pid}/stat has no {name}"));
-    let memory = table.memory().cut(frozen, maps).context("listing modified memory")?;
+    let memory = table.memory().cut(frozen, maps, stat.starttime).context("listing modified memory")?;
     let mut space = AddressSpace {
         memory,
         fields: [

@@ -85,7 +85,7 @@ pub(super) fn capture(
         process.pending = thread::pending(leader.tid, true)?;
     }
     let brk = frozen.with_arena(finder, &maps, |threads, arena| ask(threads, arena, &mut process))?;
-    process.mm = address_space::capture(frozen, &proc, &maps, brk, table)?;
+    process.mm = address_space::capture(frozen, &stat, &maps, brk, table)?;
     Ok(process)
 }
 

@@ -216,12 +216,13 @@ impl MemoryDump {
         }
     }
 
-    /// The cut of one process.
-    pub fn cut(&mut self, process: &mut FrozenProcess, maps: &Maps) -> Result<MemoryId> {
+    /// The cut of one process, which `started` so many ticks after the node.
+    pub fn cut(&mut self, process: &mut FrozenProcess, maps: &Maps, started: u64) -> Result<MemoryId> {
         let start = Instant::now();
         let mut finder = std::mem::take(&mut self.finder);
         let space = self.space(process.pid)?;
         space.cut(process, &mut finder, maps)?;
+        space.started = started;
         let id = space.id;
         self.finder = finder;
         self.took("list", start);

@@ -8,7 +8,7 @@ use super::tracker::{self, Registered, Scan, Tracker};
 use crate::sys::userfaultfd::Userfaultfd;
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
-use crate::tracee::proc::{Map, Maps};
+use crate::tracee::proc::{self, Map, Maps};
 use crate::tracee::rings;
 use anyhow::{Context as _, Result};
 use ckpt_common::image::{MemoryId, PAGE_SIZE};
@@ -176,7 +176,7 @@ impl Space {
         finder: &mut Finder,
         deadline: Instant,
     ) -> Result<bool> {
-        if !self.prepare(frozen, finder, Some(deadline))? {
+        if !self.prepare(frozen, finder, read_maps(self.pid)?, Some(deadline))? {
             return Ok(false);
         }
         if !self.settle(frozen, finder)? {
@@ -207,7 +207,9 @@ impl Space {
         deadline: Instant,
     ) -> Result<()> {
         self.sampled.clear();
-        if !self.prepare(frozen, finder, Some(deadline))? || !self.settle(frozen, finder)? {
+        if !self.prepare(frozen, finder, read_maps(self.pid)?, Some(deadline))?
+            || !self.settle(frozen, finder)?
+        {
             return Ok(());
         }
         let Some(tracker) = &mut self.tracker else { return Ok(()) };
@@ -232,16 +234,14 @@ impl Space {
     /// # Errors
     /// The process is gone.
     pub fn cut(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder, maps: &Maps) -> Result<()> {
-        self.prepare(frozen, finder, None)?;
+        self.prepare(frozen, finder, maps.clone(), None)?;
         if !self.settle(frozen, finder)? {
             return Err(rings::Busy { pid: self.pid }.into());
         }
-        self.maps.clone_from(maps);
         let Scan { own, written, huge } = match &mut self.tracker {
             Some(tracker) => tracker.scan(&self.pagemap, maps, &tracker::windows(maps, WINDOW), None)?.0,
             None => tracker::look(&self.pagemap, maps)?,
         };
-        self.started = started(self.pid)?;
         self.lists.written(&written.union(&self.pinned.intersection(&own)));
         self.lists.swap();
         (self.own, self.huge) = (own, huge);
@@ -269,17 +269,18 @@ impl Space {
         self.lists.written(&unnoticed);
     }
 
-    /// Has everything registered that the stopped process has mapped, with a tracker of its present address space;
+    /// Has everything registered that the stopped process has mapped (`maps`), with a tracker of its present address space;
     /// false if there was no time for all of it.
     fn prepare(
         &mut self,
         frozen: &mut FrozenProcess,
         finder: &mut Finder,
+        maps: Maps,
         deadline: Option<Instant>,
     ) -> Result<bool> {
         // A process that runs another program has another address space.
         (self.pagemap, self.mem) = open(self.pid)?;
-        self.maps = crate::tracee::proc::maps(self.pid).context("reading the mappings")?;
+        self.maps = maps;
         loop {
             self.attach(frozen, finder);
             let Some(tracker) = &mut self.tracker else { return Ok(true) };
@@ -348,6 +349,10 @@ impl Space {
 
 fn range(map: &Map) -> Range<u64> {
     map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64
+}
+
+fn read_maps(pid: i32) -> Result<Maps> {
+    proc::maps(pid).context("reading the mappings")
 }
 
 fn open(pid: i32) -> Result<(File, File)> {

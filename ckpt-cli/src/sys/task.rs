@@ -2,6 +2,7 @@
 
 use super::check;
 use std::io;
+use std::sync::OnceLock;
 
 /// Head and length of the robust futex list (get_robust_list(2)).
 pub fn robust_list(tid: i32) -> io::Result<(u64, u64)> {
@@ -79,9 +80,10 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     set_limit(0, libc::RLIMIT_NOFILE, hard, hard)
 }
 
-/// Processors that we may use.
+/// Processors that we may use; looked for once, since the cgroup's limits are several files.
 pub fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Lets others run before the calling thread from now on (nice 10, setpriority(2)): about a tenth of a processor that
