@@ -12,7 +12,8 @@ mod reference;
 mod segments;
 mod thread;
 
-use crate::memory::dump::{self as memory, Kept, MemoryDump};
+use crate::memory::dump::{self as memory, MemoryDump};
+use crate::memory::kept::Kept;
 use crate::network::hold::Hold;
 use crate::objects::FilePolicy;
 use crate::objects::sysv;

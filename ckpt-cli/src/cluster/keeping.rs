@@ -2,8 +2,8 @@
 
 use crate::{
     memory::{
-        dump::Kept,
         keeper::{Keeper, State},
+        kept::Kept,
     },
     store::{PartReader, Store},
 };

@@ -9,10 +9,10 @@
 mod early;
 
 use super::cow::{Cow, Way};
+use super::kept::{Kept, KeptSpace};
 use super::page_set::PageSet;
 use super::space::{Space, Statistics};
 use super::staging::{Mark, Staging};
-use super::tracker::Tracker;
 use crate::store::{PartReader, PartWriter};
 use crate::tracee::freeze::FrozenProcess;
 use crate::tracee::healing::Finder;
@@ -46,30 +46,6 @@ pub struct Options {
     pub way: Way,
     /// The job stays frozen until its end: then there is all the time in the world.
     pub stop: bool,
-}
-
-/// What an earlier dump has left for the next one.
-#[derive(Debug, Default)]
-pub struct Kept {
-    /// What tracks the address spaces.
-    pub spaces: Vec<KeptSpace>,
-    /// What reads flags of mappings.
-    pub flags: Option<MappingFlags>,
-}
-
-/// What an earlier dump has left of an address space.
-#[derive(Debug)]
-pub struct KeptSpace {
-    /// The process, and when it started.
-    pub pid: i32,
-    /// In ticks since the node's boot.
-    pub started: u64,
-    /// Its object in the base.
-    pub memory: MemoryId,
-    /// Modified pages of which the kernel has forgotten that they are.
-    pub modified: PageSet,
-    /// What tracks it.
-    pub tracker: Tracker,
 }
 
 /// The memory of all processes of a job on this node, in one dump.

@@ -9,7 +9,7 @@
 //! They speak through a Unix socket at a path that follows from store and job. A message is its length (u32), its
 //! content (MessagePack), and then its descriptors in groups, each group with one byte.
 
-use super::dump::{Kept, KeptSpace};
+use super::kept::{Kept, KeptSpace};
 use super::page_set::PageSet;
 use super::tracker::Tracker;
 use crate::sys::pidfd;

@@ -7,6 +7,7 @@ pub mod attach;
 pub mod cow;
 pub mod dump;
 pub mod keeper;
+pub mod kept;
 mod latest;
 pub mod lazy;
 pub mod lists;
