@@ -26,8 +26,6 @@ use std::fs::File;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long one look may stop the job before the cut, and what must be done behind it.
-pub(super) const LOOK: Duration = Duration::from_millis(4);
 /// Bytes per second that are copied in the freeze, until it was measured.
 const RATE: f64 = 1e9;
 /// Memory made ready for the copies in the freeze, beside what they are expected to take.
@@ -348,30 +346,7 @@ impl MemoryDump {
 
 /// What is copied at a time of these lists, with the process that each is of.
 fn streamed<'a>(lists: impl Iterator<Item = (i32, &'a PageSet)>) -> Vec<(i32, PageSet)> {
-    lists.flat_map(|(pid, list)| pieces(list, STREAMED).into_iter().map(move |piece| (pid, piece))).collect()
-}
-
-/// Cuts a set into pieces of at most so many bytes.
-pub(super) fn pieces(set: &PageSet, most: u64) -> Vec<PageSet> {
-    let most = (most / PAGE_SIZE as u64).max(1);
-    let mut pieces = vec![PageSet::default()];
-    let mut room = most;
-    for range in set.ranges() {
-        let mut at = range.start;
-        while at < range.end {
-            if room == 0 {
-                pieces.push(PageSet::default());
-                room = most;
-            }
-            let n = room.min(range.end - at);
-            if let Some(last) = pieces.last_mut() {
-                last.push(at..at + n);
-            }
-            (at, room) = (at + n, room - n);
-        }
-    }
-    pieces.retain(|piece| !piece.is_empty());
-    pieces
+    lists.flat_map(|(pid, list)| list.pieces(STREAMED).into_iter().map(move |piece| (pid, piece))).collect()
 }
 
 /// Bound for copies while the job runs: a quarter of the memory that is free.
@@ -380,19 +355,4 @@ fn staging_limit() -> u64 {
     let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
     let free: u64 = free.and_then(|free| free.parse().ok()).unwrap_or(1 << 20);
     (free << 10) / 4
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_are_the_whole() {
-        let set: PageSet = [0..5, 10..11, 20..40].into_iter().collect();
-        let cut = pieces(&set, 4 * PAGE_SIZE as u64);
-        assert!(cut.iter().all(|piece| piece.pages() <= 4));
-        assert_eq!(cut.len(), 7);
-        assert_eq!(cut.iter().fold(PageSet::default(), |all, piece| all.union(piece)), set);
-        assert!(pieces(&PageSet::default(), 9).is_empty());
-    }
 }

@@ -46,6 +46,27 @@ impl PageSet {
         self.pages() * PAGE_SIZE as u64
     }
 
+    /// Cut into pieces of at most so many bytes, but of a page at least.
+    pub fn pieces(&self, most: u64) -> Vec<Self> {
+        let most = (most / PAGE_SIZE as u64).max(1);
+        let mut pieces = Vec::new();
+        let (mut piece, mut room) = (Self::default(), most);
+        for range in &self.ranges {
+            let mut at = range.start;
+            while at < range.end {
+                let n = room.min(range.end - at);
+                piece.push(at..at + n);
+                (at, room) = (at + n, room - n);
+                if room == 0 {
+                    pieces.push(std::mem::take(&mut piece));
+                    room = most;
+                }
+            }
+        }
+        pieces.extend(Some(piece).filter(|piece| !piece.is_empty()));
+        pieces
+    }
+
     /// No page at all?
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
@@ -173,6 +194,10 @@ mod tests {
             prop_assert_eq!(pages(&a.within(from..from + len)), within);
             prop_assert_eq!(a.pages(), x.len() as u64);
             prop_assert_eq!(a.contains(from), x.contains(&from));
+            let pieces = a.pieces((len + 1) * PAGE_SIZE as u64);
+            let full = pieces.iter().filter(|piece| piece.pages() == len + 1).count();
+            prop_assert!(pieces.len() - full <= 1 && pieces.iter().all(|piece| (1..=len + 1).contains(&piece.pages())));
+            prop_assert_eq!(pieces.iter().fold(PageSet::default(), |all, piece| all.union(piece)), a.clone());
             // One form for each set.
             prop_assert_eq!(a.union(&b), b.union(&a));
             prop_assert!(a.union(&b).ranges().windows(2).all(|pair| pair[0].end < pair[1].start));

@@ -26,7 +26,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Private pages with content of their own: not the file's, not the shared zero page.
 const OWN: Query = Query {
@@ -40,6 +40,8 @@ const OWN: Query = Query {
 /// costs more than the rest of the walk.
 const OWN_ANONYMOUS: Query = Query { inverted: category::ZERO, all: category::ZERO, ..OWN };
 
+/// How long one look, or what must be done behind it, may stop a job that runs on afterwards.
+pub const LOOK: Duration = Duration::from_millis(4);
 /// Size of one piece of a sample.
 const SAMPLED: u64 = 1 << 20;
 /// More threads than this do not walk faster.

@@ -10,11 +10,10 @@
 mod bpf;
 mod uffd;
 
-use super::dump::{LOOK, pieces};
 use super::page_set::PageSet;
 use super::space::Space;
 use super::staging::Staging;
-use super::tracker;
+use super::tracker::{self, LOOK};
 use crate::store::PartWriter;
 use crate::sys::task::Urgent;
 use crate::tracee::freeze::Frozen;
@@ -169,7 +168,7 @@ impl Cow {
         let mut copied: BTreeMap<i32, PageSet> = BTreeMap::new();
         for (pid, pages) in &self.guarded {
             let space = spaces.get(pid).context("it was there at the cut")?;
-            for piece in pieces(pages, BATCH) {
+            for piece in pages.pieces(BATCH) {
                 if staging.room() < 2 * BATCH {
                     make_room(&*self.guard, staging, part, pids)?;
                 }

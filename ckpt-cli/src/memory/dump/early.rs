@@ -4,12 +4,12 @@
 //! page tables stop the job, each for a few milliseconds. A job that writes faster than it could be copied is not copied
 //! ahead: its pages are guarded from the cut on, and looked at once before.
 
-use super::{LOOK, MemoryDump, SPARE, STREAMED, Way, pieces, streamed};
+use super::{MemoryDump, SPARE, STREAMED, Way, streamed};
 use crate::memory::cow::Cow;
 use crate::memory::page_set::PageSet;
 use crate::memory::space::Space;
 use crate::memory::staging::Staging;
-use crate::memory::tracker;
+use crate::memory::tracker::{self, LOOK};
 use crate::store::PartWriter;
 use crate::tracee::freeze::Frozen;
 use crate::tracee::proc;
@@ -213,7 +213,7 @@ impl MemoryDump {
         let mut bytes = 0;
         for space in self.spaces.values_mut().filter(|space| space.is_tracked()) {
             let list = space.lists.current().clone();
-            for piece in pieces(&list, self.staging.room().clamp(SPARE, 1 << 30)) {
+            for piece in list.pieces(self.staging.room().clamp(SPARE, 1 << 30)) {
                 if self.staging.room() < piece.bytes() {
                     self.staging.save(part)?;
                 }
