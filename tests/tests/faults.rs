@@ -240,6 +240,10 @@ fn exit_codes() -> Result<()> {
     let output = scene.cluster.node(1).command(&["bash", "-c", unprivileged]).output()?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(code(&output) == 5, "exit code {} without privileges: {text}", code(&output));
+    let in_roots_store = unprivileged.replace("CKPT_STORE=/tmp/own ", "");
+    let output = scene.cluster.node(1).command(&["bash", "-c", &in_roots_store]).output()?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(code(&output) == 5 && text.contains("run ckpt as root"), "exit code {}: {text}", code(&output));
     scene.assert_running()?;
     // Damage: a flipped byte in the middle of every pack; there are those of two checkpoints.
     for pack in fs::read_dir(scene.cluster.shared().join("store/packs"))? {

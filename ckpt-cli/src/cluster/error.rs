@@ -2,6 +2,7 @@
 
 use crate::{job::JobError, store::StoreError};
 use ckpt_common::wire::{Blocker, Failure, FailureClass, Phase};
+use std::io::ErrorKind;
 
 /// Result of the coordinator's functions.
 pub type Result<T, E = ClusterError> = std::result::Result<T, E>;
@@ -119,6 +120,7 @@ pub fn store_class(error: &StoreError) -> FailureClass {
         StoreError::Locked { .. } => FailureClass::Locked,
         StoreError::Damaged { .. } | StoreError::Missing { .. } => FailureClass::Damaged,
         StoreError::BadName { .. } => FailureClass::Usage,
+        StoreError::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied => FailureClass::System,
         _ => FailureClass::Other,
     }
 }
@@ -136,6 +138,9 @@ pub fn store_hint(error: &StoreError) -> Option<String> {
         StoreError::Io { source, .. } if source.raw_os_error() == Some(nix::libc::ENOSPC) => {
             "the storage is full; nothing of this checkpoint is left on it"
         }
+        StoreError::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+            "the store belongs to somebody else: run ckpt as root"
+        }
         _ => return None,
     };
     Some(hint.to_owned())
@@ -151,9 +156,7 @@ pub fn failure_of(error: &anyhow::Error) -> Failure {
         (class, hint) = (stated.class, stated.hint.clone());
     } else if let Some(store) = store {
         (class, hint) = (store_class(store), store_hint(store));
-    } else if job.is_none()
-        && system.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
-    {
+    } else if job.is_none() && system.is_some_and(|error| error.kind() == ErrorKind::PermissionDenied) {
         class = FailureClass::System;
         hint =
             Some("ckpt needs root, or CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE; try `ckpt doctor`".into());
