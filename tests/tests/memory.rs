@@ -1,7 +1,7 @@
 //! The proof that an image holds the memory at the cut, page by page, for each way of saving, kind of memory and writer.
 
 use anyhow::{Result, ensure};
-use ckpt_tests::proof;
+use ckpt_tests::{job::Job, proof};
 
 /// One writer: a full checkpoint and two increments, each compared.
 fn holds(way: &str, kind: &str, threads: &str, size: &str) -> Result<()> {
@@ -98,4 +98,28 @@ fn reads_by_io_uring_that_are_under_way() -> Result<()> {
 #[test]
 fn reads_by_io_uring_into_registered_buffers() -> Result<()> {
     by_io_uring("uring-fixed")
+}
+
+/// Pages that were dropped from a private file mapping, and made again by a write that a signal has interrupted: the kernel
+/// shows them as protected and not written.
+#[test]
+fn pages_that_are_dropped_and_written_half_way() -> Result<()> {
+    let mut job = Job::new("halfway")?;
+    let program = job.build("halfway")?;
+    std::fs::create_dir(job.path("references"))?;
+    job.start(&[&program])?;
+    job.until_output("ready")?;
+    for (number, said) in ["half way 1", "dropped", "half way 2"].iter().enumerate() {
+        for way in ["stop", "bpf", "uffd"] {
+            proof::dump_and_compare(&job, way, "0s", &format!("--cow {way}, before {said}"))?;
+        }
+        std::fs::write(job.path(&format!("go{}", number + 1)), "")?;
+        job.until_output(said)?;
+    }
+    proof::dump_and_compare(&job, "auto", "10ms", "at the end")?;
+    job.cycle()?;
+    std::fs::write(job.path("go4"), "")?;
+    job.wait()?;
+    ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
+    Ok(())
 }

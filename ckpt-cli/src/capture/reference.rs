@@ -32,13 +32,11 @@ fn one(pid: i32, directory: &Path) -> Result<()> {
     let mut content = [0; PAGE as usize];
     for map in proc::maps(pid)?.iter().filter(|map| !map.by_kernel()) {
         for address in (map.start..map.end).step_by(PAGE as usize) {
-            // Documentation/admin-guide/mm/pagemap.rst: 63 present, 62 swapped, 61 of a file or shared. What
-            // seems to be in the last of 32 swap areas was dropped from a file mapping, and is the file's again.
+            // Documentation/admin-guide/mm/pagemap.rst: 63 present, 62 swapped, 61 of a file or shared.
             let mut entry = [0; 8];
             pagemap.read_exact_at(&mut entry, address / PAGE * 8)?;
             let entry = u64::from_ne_bytes(entry);
-            let dropped = entry >> 62 == 1 && entry & 31 == 31;
-            let (there, file) = (entry >> 62 != 0 && !dropped, entry >> 61 & 1 != 0);
+            let (there, file) = (entry >> 62 != 0, entry >> 61 & 1 != 0);
             if !there || (file && !map.shared) || mem.read_exact_at(&mut content, address).is_err() {
                 continue;
             }

@@ -169,11 +169,10 @@ impl MemoryDump {
 
     /// Bytes that the freeze will have to copy.
     fn expected(&self) -> u64 {
-        let (tracked, untracked): (Vec<&Space>, Vec<&Space>) =
-            self.spaces.values().partition(|space| space.is_tracked());
-        let listed = tracked.iter().map(|space| space.lists.current().bytes()).sum::<u64>() * 2;
+        let tracked = self.spaces.values().filter(|space| space.is_tracked());
+        let listed = tracked.map(|space| space.lists.current().bytes()).sum::<u64>() * 2;
         let most = if self.can_copy_before_write() { self.budget() } else { u64::MAX };
-        listed.min(most) + untracked.iter().map(|space| proc::private_bytes(space.pid)).sum::<u64>()
+        listed.min(most) + self.spaces.values().map(Space::untracked_bytes).sum::<u64>()
     }
 
     /// The cut begins. What was begun before and did not come about is undone.

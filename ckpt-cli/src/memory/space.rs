@@ -56,6 +56,8 @@ pub struct Space {
     pub statistics: Statistics,
     /// Pages that were written after the cut, unnoticed by the tracker.
     pub written_later: PageSet,
+    /// Pages whose writes are not tracked, at the last look or the cut.
+    untracked: PageSet,
     /// Pages that were, at a look or the cut, buffers registered with an io_uring: devices and the kernel write to them
     /// without a fault.
     pinned: PageSet,
@@ -64,7 +66,7 @@ pub struct Space {
     asking: Option<Userfaultfd>,
     wants_asking: bool,
     /// A tracker cannot be had.
-    untracked: bool,
+    trackerless: bool,
     pagemap: File,
     mem: File,
     maps: Maps,
@@ -92,11 +94,12 @@ impl Space {
             huge: PageSet::default(),
             statistics: Statistics::default(),
             written_later: PageSet::default(),
+            untracked: PageSet::default(),
             pinned: PageSet::default(),
             tracker: None,
             asking: None,
             wants_asking: false,
-            untracked: false,
+            trackerless: false,
             pagemap,
             mem,
             maps: Maps::new(),
@@ -146,15 +149,25 @@ impl Space {
         &self.maps
     }
 
-    /// Pages that belong to no file.
-    pub fn anonymous(&self) -> PageSet {
-        self.maps.iter().filter(|map| map.inode == 0 && tracker::is_private(map)).map(range).collect()
+    /// Pages that are to be saved after the cut, and whose old content can be kept when they are written before: of the
+    /// others, a write is not noticed.
+    pub fn guardable(&self) -> PageSet {
+        self.lists.previous().difference(&self.pinned).difference(&self.untracked)
     }
 
-    /// Pages that are to be saved after the cut, and whose old content can be kept when they are written before: a write
-    /// to a pinned page is not noticed.
-    pub fn guardable(&self) -> PageSet {
-        self.lists.previous().difference(&self.pinned)
+    /// Looks at the running process, without protecting anything: its own pages and those that were written.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn peek(&mut self) -> Result<Scan> {
+        let scan = tracker::peek(&self.pagemap, &read_maps(self.pid)?)?;
+        self.untracked = scan.untracked.clone();
+        Ok(scan)
+    }
+
+    /// Bytes, at the last look, that the cut has to copy whatever was written.
+    pub fn untracked_bytes(&self) -> u64 {
+        if self.is_tracked() { self.untracked.bytes() } else { proc::private_bytes(self.pid) }
     }
 
     /// Reads its memory.
@@ -238,13 +251,13 @@ impl Space {
         if !self.settle(frozen, finder)? {
             return Err(rings::Busy { pid: self.pid }.into());
         }
-        let Scan { own, written, huge } = match &mut self.tracker {
+        let Scan { own, written, untracked, huge } = match &mut self.tracker {
             Some(tracker) => tracker.scan(&self.pagemap, maps, &tracker::windows(maps, WINDOW), None)?.0,
             None => tracker::look(&self.pagemap, maps)?,
         };
-        self.lists.written(&written.union(&self.pinned.intersection(&own)));
+        self.lists.written(&written.union(&untracked).union(&self.pinned.intersection(&own)));
         self.lists.swap();
-        (self.own, self.huge) = (own, huge);
+        (self.own, self.untracked, self.huge) = (own, untracked, huge);
         Ok(())
     }
 
@@ -294,7 +307,7 @@ impl Space {
                         pid,
                         "its memory is tracked for another store, and is copied whole for this one"
                     );
-                    (self.tracker, self.asking, self.untracked) = (None, None, true);
+                    (self.tracker, self.asking, self.trackerless) = (None, None, true);
                 }
             }
         }
@@ -302,7 +315,7 @@ impl Space {
 
     /// Makes what is missing of tracker and userfaultfd.
     fn attach(&mut self, frozen: &mut FrozenProcess, finder: &mut Finder) {
-        if self.untracked || (self.tracker.is_some() && self.asking.is_some() == self.wants_asking) {
+        if self.trackerless || (self.tracker.is_some() && self.asking.is_some() == self.wants_asking) {
             return;
         }
         let (tracks, wants_asking) = (self.tracker.is_some(), self.wants_asking);
@@ -321,7 +334,7 @@ impl Space {
             }
             Err(error) => {
                 tracing::warn!(pid = self.pid, "its memory cannot be tracked and is copied whole: {error:#}");
-                (self.untracked, self.tracker) = (true, None);
+                (self.trackerless, self.tracker) = (true, None);
             }
         }
     }

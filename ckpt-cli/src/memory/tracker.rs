@@ -1,7 +1,13 @@
 //! Which pages of an address space were written, by the kernel's own book-keeping.
 //!
-//! Everything private is registered with a userfaultfd in asynchronous write-protect mode: the kernel lifts the
+//! Private memory is registered with a userfaultfd in asynchronous write-protect mode: the kernel lifts the
 //! protection of a page at the first write, and one `PAGEMAP_SCAN` finds such pages and protects them again.
+//!
+//! Not so private *file* mappings ([`is_tracked`]). Where a protected page of one is dropped, the kernel leaves a marker,
+//! and the next write makes the page again in two steps: first from the file, *protected*, then, when the instruction is
+//! repeated, written. In between, which may be for as long as a signal handler runs, it looks like a page that was not
+//! written since it was protected, with other content. Most such pages are data of programs and libraries, and few: they
+//! count as written at each cut ([`Scan::untracked`]).
 //!
 //! Only pages with content of their own are protected, never empty ones: so no page tables are made for memory that
 //! is only reserved, and a page that appears later counts as written. What the kernel does not say is found in other
@@ -33,7 +39,7 @@ const OWN: Query = Query {
     inverted: category::FILE | category::ZERO,
     all: category::FILE | category::ZERO,
     any: category::PRESENT | category::SWAPPED,
-    report: category::WRITTEN | category::SWAPPED | category::HUGE,
+    report: category::WRITTEN | category::HUGE,
 };
 
 /// The same where no file is mapped. Whether a page is a file's the kernel looks up in its `struct page`, which
@@ -59,6 +65,8 @@ pub struct Scan {
     pub own: PageSet,
     /// Those of them that were written since the last look, or of which that is not known.
     pub written: PageSet,
+    /// Those of them whose writes are not tracked at all: neither in `written`, nor unwritten.
+    pub untracked: PageSet,
     /// Those of them that are in huge pages.
     pub huge: PageSet,
 }
@@ -106,7 +114,7 @@ impl Tracker {
     /// The process must be stopped. Of one that runs, a mapping could have changed since `maps` were read, and would
     /// be split where the old one ended; mremap(2) of the program would fail then, because it works on whole ones.
     pub fn register(&mut self, maps: &[Map], deadline: Option<Instant>) -> Registered {
-        for map in maps.iter().filter(|map| is_private(map)) {
+        for map in maps.iter().filter(|map| is_tracked(map)) {
             if !self.known.insert((map.start, map.end)) {
                 continue;
             }
@@ -164,7 +172,7 @@ impl Tracker {
             let size = PAGE_SIZE as u64;
             self.known.retain(|(start, end)| strange.within(start / size..end / size).is_empty());
         }
-        Ok((seen.scan(pagemap, maps)?, next.into_inner().min(windows.len())))
+        Ok((seen.scan(maps), next.into_inner().min(windows.len())))
     }
 }
 
@@ -213,7 +221,7 @@ pub fn look(pagemap: &File, maps: &[Map]) -> Result<Scan> {
         pagemap::scan(pagemap.as_fd(), start, end, own, |region| seen.note(region, true))
             .context("listing the pages")?;
     }
-    seen.scan(pagemap, maps)
+    Ok(seen.scan(maps))
 }
 
 /// Looks at memory without protecting anything, so the process may run: pages that are not tracked count as written.
@@ -228,7 +236,7 @@ pub fn peek(pagemap: &File, maps: &[Map]) -> Result<Scan> {
         })
         .context("counting the pages that were written")?;
     }
-    seen.scan(pagemap, maps)
+    Ok(seen.scan(maps))
 }
 
 /// How many pages of their own these ranges of addresses have, and how many of those were written since they were
@@ -252,7 +260,7 @@ pub fn written(pagemap: &File, maps: &[Map], windows: &[Range<u64>]) -> Result<(
 /// Ranges of addresses that stand for all large mappings: a sixteenth of each, evenly spread.
 pub fn sample(maps: &[Map]) -> Vec<Range<u64>> {
     const STEP: u64 = 16;
-    let large = maps.iter().filter(|map| is_private(map) && map.size() >= STEP * SAMPLED);
+    let large = maps.iter().filter(|map| is_tracked(map) && map.size() >= STEP * SAMPLED);
     let parts = |map: &Map| (map.start..map.end).step_by((STEP * SAMPLED) as usize);
     large.flat_map(|map| parts(map).map(|start| start..(start + SAMPLED).min(map.end))).collect()
 }
@@ -269,7 +277,7 @@ fn walks(maps: &[Map], range: &Range<u64>) -> Vec<(Range<u64>, Query)> {
     let mut open = false;
     for map in maps.iter().filter(|map| map.start < range.end && map.end > range.start) {
         let part = map.start.max(range.start)..map.end.min(range.end);
-        let large = map.inode == 0 && is_private(map) && part.end - part.start >= LARGE;
+        let large = is_tracked(map) && part.end - part.start >= LARGE;
         match walks.last_mut().filter(|_| open && !large) {
             Some((last, _)) => last.end = part.end,
             None => walks.push((part, if large { OWN_ANONYMOUS } else { OWN })),
@@ -307,7 +315,6 @@ struct Seen {
     own: Vec<Range<u64>>,
     written: Vec<Range<u64>>,
     huge: Vec<Range<u64>>,
-    swapped: Vec<Range<u64>>,
     /// Not registered.
     strange: Vec<Range<u64>>,
     walks: usize,
@@ -335,7 +342,6 @@ impl Seen {
         self.own.append(&mut other.own);
         self.written.append(&mut other.written);
         self.huge.append(&mut other.huge);
-        self.swapped.append(&mut other.swapped);
         self.strange.append(&mut other.strange);
     }
 
@@ -347,44 +353,27 @@ impl Seen {
         if region.categories & category::HUGE != 0 {
             self.huge.push(pages.clone());
         }
-        if region.categories & category::SWAPPED != 0 {
-            self.swapped.push(pages.clone());
-        }
         self.own.push(pages);
     }
 
-    fn scan(self, pagemap: &File, maps: &[Map]) -> Result<Scan> {
-        let set = |maps: &mut dyn Iterator<Item = &Map>| maps.map(pages).collect::<PageSet>();
-        let private = set(&mut maps.iter().filter(|map| is_private(map)));
-        let mut own = PageSet::from_iter(self.own).intersection(&private);
-        let swapped = PageSet::from_iter(self.swapped);
-        if !swapped.is_empty() {
-            let of_files = set(&mut maps.iter().filter(|map| is_private(map) && map.inode != 0));
-            own = own.difference(&dropped(pagemap, &swapped.intersection(&of_files))?);
-        }
-        let written = PageSet::from_iter(self.written).intersection(&own);
+    fn scan(self, maps: &[Map]) -> Scan {
+        let set = |kind: fn(&Map) -> bool| maps.iter().filter(|map| kind(map)).map(pages).collect::<PageSet>();
+        let own = PageSet::from_iter(self.own).intersection(&set(is_private));
+        let tracked = own.intersection(&set(is_tracked));
+        let written = PageSet::from_iter(self.written).intersection(&tracked);
         let huge = PageSet::from_iter(self.huge).intersection(&own);
-        Ok(Scan { own, written, huge })
+        Scan { untracked: own.difference(&tracked), own, written, huge }
     }
-}
-
-/// Pages of private file mappings that were dropped and show the file again: where they were protected, the kernel
-/// leaves a marker that looks like a page that is swapped out.
-fn dropped(pagemap: &File, swapped: &PageSet) -> Result<PageSet> {
-    let mut dropped = PageSet::default();
-    for range in swapped.ranges() {
-        let entries = pagemap::entries(pagemap, range.start, (range.end - range.start) as usize);
-        let entries = entries.context("reading a page map")?;
-        for (page, _) in (range.start..).zip(entries).filter(|(_, entry)| entry.is_marker()) {
-            dropped.push(page..page + 1);
-        }
-    }
-    Ok(dropped)
 }
 
 /// Memory that belongs to this address space alone.
 pub fn is_private(map: &Map) -> bool {
     !map.shared && !map.by_kernel()
+}
+
+/// Memory whose writes the kernel notes, each one: private, and of no file.
+pub fn is_tracked(map: &Map) -> bool {
+    is_private(map) && map.inode == 0
 }
 
 fn page_numbers(region: Region) -> Range<u64> {

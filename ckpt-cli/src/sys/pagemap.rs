@@ -158,12 +158,6 @@ impl Entry {
     pub fn exclusive(self) -> bool {
         self.0 >> 56 & 1 == 1
     }
-
-    /// What a userfaultfd leaves behind where a protected page was dropped from a private file mapping: shown as
-    /// swapped out, to the last of the 32 swap areas (`SWP_PTE_MARKER`, linux/swap.h).
-    pub fn is_marker(self) -> bool {
-        self.0 >> 62 == 1 && self.0 & 31 == 31
-    }
 }
 
 /// Entries of neighbouring pages from page number `first` on.

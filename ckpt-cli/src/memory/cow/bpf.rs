@@ -134,11 +134,9 @@ impl Loaded {
                 namespaces.push(namespace);
                 namespaces.len() - 1
             });
-            // A page that was dropped from a file mapping stays protected, and would be taken for what it was.
-            let list = space.guardable().intersection(&space.anonymous());
-            let list = &list;
+            let list = space.guardable();
             let mut taken = PageSet::default();
-            for range in closed(list).ranges() {
+            for range in closed(&list).ranges() {
                 let fits = next + (range.end - range.start) <= self.pages.len() as u64
                     && regions.len() < COW_MAX_REGIONS as usize
                     && number < COW_MAX_NAMESPACES;

@@ -51,7 +51,7 @@ impl Guarded {
         let Some(tracking) = space.tracker() else { return Ok(PageSet::default()) };
         let list = space.guardable();
         let mut guarded = PageSet::default();
-        for map in space.maps().iter().filter(|map| map.inode == 0 && tracker::is_private(map)) {
+        for map in space.maps().iter().filter(|map| tracker::is_tracked(map)) {
             let range = map.start / PAGE_SIZE as u64..map.end / PAGE_SIZE as u64;
             let listed = list.within(range.clone());
             if listed.is_empty() {

@@ -9,7 +9,7 @@ use crate::memory::cow::Cow;
 use crate::memory::page_set::PageSet;
 use crate::memory::space::Space;
 use crate::memory::staging::Staging;
-use crate::memory::tracker::{self, LOOK};
+use crate::memory::tracker::LOOK;
 use crate::store::PartWriter;
 use crate::tracee::freeze::Frozen;
 use crate::tracee::proc;
@@ -155,8 +155,7 @@ impl MemoryDump {
         for pid in pids {
             // One that has ended has nothing to save.
             let Ok(space) = self.space(*pid) else { continue };
-            let (Ok(maps), tracked) = (proc::maps(*pid), space.is_tracked()) else { continue };
-            let Ok(seen) = tracker::peek(space.pagemap(), &maps) else { continue };
+            let (Ok(seen), tracked) = (space.peek(), space.is_tracked()) else { continue };
             let listed = if since_base { space.lists.modified() } else { space.lists.current().clone() };
             let modified =
                 if tracked { seen.written.union(&listed).intersection(&seen.own) } else { seen.own };
