@@ -123,3 +123,21 @@ fn pages_that_are_dropped_and_written_half_way() -> Result<()> {
     ensure!(job.output()?.ends_with("pass\n"), "{}", job.output()?);
     Ok(())
 }
+
+/// Processes that are there at the cut and end before they were saved: the dump is tried again, with a freeze until all
+/// memory is copied.
+#[test]
+fn processes_that_end_while_they_are_guarded() -> Result<()> {
+    let mut job = Job::new("mortal")?;
+    let program = job.build("writers")?;
+    std::fs::create_dir(job.path("references"))?;
+    let script = format!("(while :; do sleep 0.02; done) & exec {program} random 1 64 small");
+    job.start(&["bash", "-c", &script])?;
+    job.until_output("ready")?;
+    for (number, way) in ["bpf", "uffd", "bpf", "uffd", "auto", "auto"].iter().enumerate() {
+        let pause = if *way == "auto" { "10ms" } else { "0s" };
+        proof::dump_and_compare(&job, way, pause, &format!("--cow {way}, checkpoint {number}"))?;
+        ensure!(job.is_running(), "{}", job.output()?);
+    }
+    Ok(())
+}

@@ -32,6 +32,8 @@ const RATE: f64 = 1e9;
 const SPARE: u64 = 4 << 20;
 /// For more memory than this, loading the reader of flags takes less time than /proc/PID/smaps.
 const WORTH_FLAGS: u64 = 128 << 20;
+/// Most bytes of the list of a process that is copied in the freeze although others are guarded.
+const SMALL: u64 = 1 << 20;
 /// What is copied at a time where the store takes it at once.
 const STREAMED: u64 = 64 << 20;
 
@@ -223,12 +225,13 @@ impl MemoryDump {
             return Ok(());
         }
         let start = Instant::now();
-        let listed = |space: &Space| space.lists.previous().bytes();
-        let tracked: u64 = self.spaces.values().filter(|space| space.is_tracked()).map(listed).sum();
-        let guarded = tracked > self.budget() && self.can_copy_before_write();
+        let budget = self.budget();
+        let guarded = self.can_copy_before_write();
         if let Some(cow) = self.cow.as_mut().filter(|_| guarded) {
-            let guardable: Vec<&Space> = self.spaces.values().filter(|space| space.is_tracked()).collect();
-            cow.begin(&guardable).context("guarding what is not copied yet")?;
+            let large = too_large(self.spaces.values().filter(|space| space.is_tracked()), budget);
+            if !large.is_empty() {
+                cow.begin(&large).context("guarding what is not copied yet")?;
+            }
         }
         let mut now = Vec::new();
         for space in self.spaces.values() {
@@ -341,6 +344,28 @@ impl MemoryDump {
         }
         Kept { spaces: all, flags: self.flags }
     }
+}
+
+/// Those of these processes whose lists are to be guarded, because all together they are more than the freeze can copy.
+/// Small lists are not: most belong to processes that do not live long, and when one ends, what was not copied of it is lost.
+fn too_large<'a>(spaces: impl Iterator<Item = &'a Space>, budget: u64) -> Vec<&'a Space> {
+    let listed = |space: &Space| space.lists.previous().bytes();
+    let mut spaces: Vec<&Space> = spaces.collect();
+    if spaces.iter().map(|space| listed(space)).sum::<u64>() <= budget {
+        return Vec::new();
+    }
+    let mut small: Vec<(u64, i32)> = spaces.iter().map(|space| (listed(space), space.pid)).collect();
+    small.retain(|(bytes, _)| *bytes <= SMALL);
+    small.sort_unstable();
+    let mut copied = 0;
+    for (bytes, pid) in small {
+        copied += bytes;
+        if copied > budget / 2 {
+            break;
+        }
+        spaces.retain(|space| space.pid != pid);
+    }
+    spaces
 }
 
 /// What is copied at a time of these lists, with the process that each is of.

@@ -29,6 +29,7 @@ use anyhow::{Context as _, Result};
 use ckpt_common::image::PAGE_SIZE;
 use std::collections::HashSet;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -177,24 +178,24 @@ impl Tracker {
 }
 
 impl Tracker {
-    /// Protects all pages in a range of addresses, whatever was written, and gives those that are there. The process
-    /// must be stopped.
+    /// Protects all pages in a range of addresses, whatever was written, and gives those that are there: none of a process
+    /// that has ended. It must be stopped.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The kernel refuses.
     pub fn protect(&self, pagemap: &File, range: Range<u64>) -> Result<PageSet> {
         let mut there = PageSet::default();
         let mut note = |region: Region| there.push_addresses(region.start, region.end);
-        pagemap::scan_and_protect(pagemap.as_fd(), range.start, range.end, OWN, &mut note)
-            .context("protecting memory")?;
+        let protected = pagemap::scan_and_protect(pagemap.as_fd(), range.start, range.end, OWN, &mut note);
+        unless_ended(protected).context("protecting memory")?;
         Ok(there)
     }
 }
 
-/// Which of these pages are there and were not written since they were protected.
+/// Which of these pages are there and were not written since they were protected: none of a process that has ended.
 ///
 /// # Errors
-/// The process is gone.
+/// The kernel refuses.
 pub fn unwritten(pagemap: &File, pages: &PageSet, maps: &[Map]) -> Result<PageSet> {
     let (Some(first), Some(last)) = (pages.ranges().first(), pages.ranges().last()) else {
         return Ok(PageSet::default());
@@ -203,12 +204,19 @@ pub fn unwritten(pagemap: &File, pages: &PageSet, maps: &[Map]) -> Result<PageSe
     let mut found = PageSet::default();
     for (Range { start, end }, own) in walks(maps, &span) {
         let query = Query { any: category::PRESENT, ..own.but_not(category::WRITTEN) };
-        pagemap::scan(pagemap.as_fd(), start, end, query, |region| {
-            found.push_addresses(region.start, region.end)
-        })
-        .context("looking for pages that were written")?;
+        let note = |region: Region| found.push_addresses(region.start, region.end);
+        let scanned = pagemap::scan(pagemap.as_fd(), start, end, query, note);
+        unless_ended(scanned).context("looking for pages that were written")?;
     }
     Ok(found.intersection(pages))
+}
+
+/// The address space of a process that has ended has no pages.
+fn unless_ended(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        result => result,
+    }
 }
 
 /// Looks at memory that nobody tracks: everything counts as written.

@@ -41,7 +41,7 @@ pub enum Way {
     Stop,
 }
 
-/// Old content of pages was overwritten before it could be saved.
+/// Old content of pages was overwritten, or gone with its process, before it could be saved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{pages} pages of process {pid}, from {first:#x} on, were overwritten or unmapped before they could be copied"
@@ -166,7 +166,10 @@ impl Cow {
         let _urgent = Urgent::now();
         let mut delivered = Delivered::default();
         let mut copied: BTreeMap<i32, PageSet> = BTreeMap::new();
-        for (pid, pages) in &self.guarded {
+        // What is little is copied first: so fewer processes end before they are.
+        let mut guarded: Vec<_> = self.guarded.iter().collect();
+        guarded.sort_by_key(|(_, pages)| pages.pages());
+        for (pid, pages) in guarded {
             let space = spaces.get(pid).context("it was there at the cut")?;
             for piece in pages.pieces(BATCH) {
                 if staging.room() < 2 * BATCH {
