@@ -365,7 +365,8 @@ impl Seen {
     }
 
     fn scan(self, maps: &[Map]) -> Scan {
-        let set = |kind: fn(&Map) -> bool| maps.iter().filter(|map| kind(map)).map(pages).collect::<PageSet>();
+        let set =
+            |kind: fn(&Map) -> bool| maps.iter().filter(|map| kind(map)).map(pages).collect::<PageSet>();
         let own = PageSet::from_iter(self.own).intersection(&set(is_private));
         let tracked = own.intersection(&set(is_tracked));
         let written = PageSet::from_iter(self.written).intersection(&tracked);
