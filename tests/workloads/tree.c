@@ -65,8 +65,12 @@ static void expect(pid_t pid, pid_t parent, pid_t pgrp, pid_t session)
 
 int main(void)
 {
-    pid_t me = getpid(), plain, leader, session, member, exited, killed, orphan, dead_group;
+    pid_t me = getpid(), plain, leader, session, member, exited, killed[64], orphan, dead_group;
     int status;
+    /* Among them signals that ckpt itself ignores or handles, and one that would dump core. */
+    int deadly[] = { SIGTERM, SIGPIPE, SIGINT, SIGHUP, SIGSEGV, SIGABRT, SIGKILL, SIGTRAP, SIGRTMIN + 3 };
+    int deaths = sizeof deadly / sizeof *deadly;
+    struct rlimit no_core = { 0, 0 };
     cpu_set_t cpus, got_cpus;
     struct rlimit files = { 123, 456 }, got_files;
     char name[16];
@@ -86,10 +90,13 @@ int main(void)
     session = child(own_session);
     if (!(exited = fork()))
         _exit(7);
-    if (!(killed = fork()))
-        for (;;)
-            pause();
-    CHECK(kill(killed, SIGTERM) == 0);
+    CHECK(setrlimit(RLIMIT_CORE, &no_core) == 0);
+    for (int i = 0; i < deaths; i++) {
+        if (!(killed[i] = fork()))
+            for (;;)
+                pause();
+        CHECK(kill(killed[i], deadly[i]) == 0);
+    }
     /* A grandchild whose parent ends: ours, because we are a subreaper. */
     int hand[2];
     CHECK(pipe(hand) == 0);
@@ -119,7 +126,11 @@ int main(void)
     char where[512];
     CHECK(getcwd(where, sizeof where) && !strcmp(strrchr(where, '/'), "/below") && chdir("..") == 0);
     CHECK(waitpid(exited, &status, WNOHANG) == exited && WIFEXITED(status) && WEXITSTATUS(status) == 7);
-    CHECK(waitpid(killed, &status, WNOHANG) == killed && WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
+    for (int i = 0; i < deaths; i++) {
+        CHECK(waitpid(killed[i], &status, WNOHANG) == killed[i]);
+        if (!WIFSIGNALED(status) || WTERMSIG(status) != deadly[i])
+            FAIL("died with status %x instead of by signal %d", status, deadly[i]);
+    }
     /* Children create files through the working directory they were born in. */
     expect(plain, me, me, me);
     expect(leader, me, leader, me);

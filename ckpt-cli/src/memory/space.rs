@@ -237,7 +237,7 @@ impl Space {
     /// How many pages the sample has, and how many were written since.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The kernel refuses.
     pub fn look_at_sample(&self) -> Result<(u64, u64)> {
         tracker::written(&self.pagemap, &self.maps, &self.sampled)
     }

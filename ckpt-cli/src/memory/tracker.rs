@@ -248,19 +248,19 @@ pub fn peek(pagemap: &File, maps: &[Map]) -> Result<Scan> {
 }
 
 /// How many pages of their own these ranges of addresses have, and how many of those were written since they were
-/// protected. The process may run.
+/// protected: none of a process that has ended. It may run.
 ///
 /// # Errors
-/// The process is gone.
+/// The kernel refuses.
 pub fn written(pagemap: &File, maps: &[Map], windows: &[Range<u64>]) -> Result<(u64, u64)> {
     let (mut own, mut written) = (0, 0);
     for (Range { start, end }, query) in windows.iter().flat_map(|window| walks(maps, window)) {
-        pagemap::scan(pagemap.as_fd(), start, end, query, |region| {
+        let scanned = pagemap::scan(pagemap.as_fd(), start, end, query, |region| {
             let pages = (region.end - region.start) / PAGE_SIZE as u64;
             own += pages;
             written += if region.categories & category::WRITTEN != 0 { pages } else { 0 };
-        })
-        .context("counting the pages that were written")?;
+        });
+        unless_ended(scanned).context("counting the pages that were written")?;
     }
     Ok((own, written))
 }

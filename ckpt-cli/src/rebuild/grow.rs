@@ -300,6 +300,11 @@ impl<'a, 's> Grower<'a, 's> {
         } else {
             // No core dump of a stub.
             task::set_limit(stopped.pid, libc::RLIMIT_CORE, 0, 0).context("forbidding core dumps")?;
+            // A stub ignores what the ckpt does that it was made from, such as SIGPIPE.
+            if ![libc::SIGKILL, libc::SIGSTOP].contains(&signal) {
+                let default = batch.bytes(&[0; 32]);
+                batch.call("rt_sigaction", libc::SYS_rt_sigaction, &[signal as u64, default, 0, 8]);
+            }
             let (tgid, tid) = stopped.ns;
             batch.call("tgkill", libc::SYS_tgkill, &[tgid as u64, tid as u64, signal as u64]);
         }

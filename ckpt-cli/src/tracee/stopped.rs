@@ -9,6 +9,9 @@ use procfs::process::Status;
 
 /// Signals that programs ignore unless they ask for them: candidates for the bell.
 const BELLS: [i32; 3] = [libc::SIGWINCH, libc::SIGURG, libc::SIGCHLD];
+/// What a thread gets that goes astray.
+const FAULTS: [i32; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGSYS, libc::SIGTRAP, libc::SIGFPE];
 /// `si_code` of a signal sent by tgkill(2).
 const SI_TKILL: i32 = -6;
 
@@ -281,23 +284,18 @@ impl Stopped {
                     self.attached = false;
                     return Err(TraceeError::Died { tid: self.tid, status });
                 }
-                Wait::Signal(
-                    signal @ (libc::SIGSEGV
-                    | libc::SIGBUS
-                    | libc::SIGILL
-                    | libc::SIGSYS
-                    | libc::SIGTRAP
-                    | libc::SIGFPE),
-                ) => {
-                    let call = ptrace::regs(self.tid).map_or(0, |r| r.r12 as usize);
-                    return Err(TraceeError::Fault { tid: self.tid, signal, call });
-                }
+                Wait::Signal(signal) if FAULTS.contains(&signal) => return Err(self.fault(signal)),
                 Wait::Signal(signal) => self.deferred.push(signal),
                 // clone3 in a batch: the child is traced from its birth.
                 Wait::Event(_) => self.born.extend(ptrace::event_message(self.tid).map(|tid| tid as i32)),
                 Wait::Nothing | Wait::EventStop(_) | Wait::Syscall => {}
             }
         }
+    }
+
+    fn fault(&self, signal: i32) -> TraceeError {
+        let call = ptrace::regs(self.tid).map_or(0, |r| r.r12 as usize);
+        TraceeError::Fault { tid: self.tid, signal, call }
     }
 
     /// Processes and threads that were born in batches of this thread since the last call, as we see their TIDs.
@@ -311,7 +309,7 @@ impl Stopped {
         self.bell = free.unwrap_or(self.bell);
     }
 
-    /// Runs a batch that ends the process, by a call or by `signal` (0: none), which is delivered.
+    /// Runs a batch that ends the process, by a call or by `signal` (0: none), which is delivered once.
     pub fn run_to_end(mut self, mut batch: Batch, signal: i32) -> Result<i32> {
         let arena = batch.arena();
         let (table, count) = batch.store(self.pid, [0; 3])?;
@@ -320,7 +318,7 @@ impl Stopped {
         ptrace::set_regs(self.tid, &regs).map_err(TraceeError::request("setting registers", self.tid))?;
         ptrace::set_sigmask(self.tid, 0)
             .map_err(TraceeError::request("setting the signal mask", self.tid))?;
-        let mut deliver = 0;
+        let (mut deliver, mut delivered) = (0, false);
         loop {
             ptrace::cont(self.tid, deliver).map_err(TraceeError::request("resuming", self.tid))?;
             deliver = 0;
@@ -329,7 +327,9 @@ impl Stopped {
                     self.attached = false;
                     return Ok(status);
                 }
-                Wait::Signal(s) if s == signal => deliver = signal,
+                Wait::Signal(s) if s == signal && !delivered => (deliver, delivered) = (signal, true),
+                // It has outlived its end.
+                Wait::Signal(s) if FAULTS.contains(&s) => return Err(self.fault(s)),
                 _ => {}
             }
         }
