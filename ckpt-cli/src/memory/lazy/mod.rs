@@ -151,6 +151,9 @@ impl LazyFill {
             }
         }
         watcher.dismiss();
+        // Nothing is registered any more when those go on that are held.
+        drop(self);
+        drop(clients);
         Ok(())
     }
 

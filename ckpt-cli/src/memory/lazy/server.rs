@@ -223,7 +223,11 @@ pub fn wait_for(pids: &[i32]) -> Result<()> {
     for pid in pids {
         // Nobody listens: nothing is to come.
         let Ok(mut server) = UnixStream::connect_addr(&address(*pid)?) else { continue };
-        server.read_to_end(&mut Vec::new()).context("waiting for memory to be complete")?;
+        match server.read_to_end(&mut Vec::new()) {
+            // It was complete before we were taken notice of.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            read => drop(read.context("waiting for memory to be complete")?),
+        }
     }
     Ok(())
 }
@@ -255,6 +259,19 @@ pub fn first_client() -> Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    /// A server that ends before it has accepted who waits for it.
+    #[test]
+    fn the_end_of_a_server_is_what_is_waited_for() {
+        // No process has this number.
+        let pid = i32::MAX - std::process::id() as i32;
+        let listener = UnixListener::bind_addr(&address(pid).unwrap()).unwrap();
+        let waiting = std::thread::spawn(move || wait_for(&[pid]));
+        poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        drop(listener);
+        waiting.join().unwrap().unwrap();
+    }
 
     #[test]
     fn no_number_of_the_job_is_taken() {
