@@ -5,6 +5,9 @@ use anyhow::{Result, ensure};
 use ckpt_tests::cluster::Cluster;
 use ckpt_tests::job::Job;
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 fn wait(what: &str, mut condition: impl FnMut() -> bool) -> Result<()> {
@@ -83,4 +86,85 @@ fn connections_that_come_and_go_are_no_obstacle() -> Result<()> {
     job.wait()?;
     ensure!(job.output()? == "pass\n", "{}", job.output()?);
     Ok(())
+}
+
+/// Clients that connect to a server with a process for each connection, as a database has them, by Unix sockets; and some
+/// that connect to a server outside the job, if it is told where.
+const UNIX_CHURN: &str = r#"
+import os, socket, sys, threading, time
+path = os.path.abspath("server"); outside = sys.argv[1:]
+server = socket.socket(socket.AF_UNIX); server.bind(path); server.listen(64)
+if os.fork() == 0:
+    import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        c = server.accept()[0]
+        if os.fork() == 0:
+            c.sendall(c.recv(100)); os._exit(0)
+        c.close()
+server.close()
+def visit():
+    while not os.path.exists("enough"):
+        with socket.socket(socket.AF_UNIX) as c:
+            c.connect(path); c.sendall(b"hello"); got = c.recv(100)
+            if got != b"hello": print("got", got, flush=True)
+def visit_outside():
+    while not os.path.exists("enough"):
+        with socket.socket(socket.AF_UNIX) as c:
+            try:
+                c.connect(outside[0]); c.sendall(b"hello"); c.recv(100)
+            except (BrokenPipeError, ConnectionError): pass
+        time.sleep(0.003)
+visitors = [threading.Thread(target=visit) for _ in range(3)] + [threading.Thread(target=visit_outside) for _ in outside]
+for t in visitors: t.start()
+print("ready", flush=True)
+for t in visitors: t.join()
+print("pass", flush=True)
+os.system("kill $(ps -o pid= --ppid %d)" % os.getpid())
+"#;
+
+fn unix_churn(job: &mut Job, arguments: &[&str], allow: &[&str]) -> Result<()> {
+    fs::write(job.path("churn.py"), UNIX_CHURN)?;
+    job.start(&[&["/usr/bin/python3", "churn.py"], arguments].concat())?;
+    job.until_output("ready")?;
+    let pid = job.pid().to_string();
+    for round in 0..12 {
+        job.pause(60);
+        let stop: &[&str] = if round % 3 == 2 { &["--stop"] } else { &[] };
+        let arguments = [&["dump", "--pid", &pid, "--name", job.name()], allow, stop].concat();
+        let output = job.ckpt(&arguments)?;
+        // 3: parts are left out, as allowed.
+        let done = output.status.success() || (!allow.is_empty() && output.status.code() == Some(3));
+        ensure!(done, "{}", String::from_utf8_lossy(&output.stderr));
+        if !stop.is_empty() {
+            job.until("the job is gone", || Ok(!Path::new(&format!("/proc/{pid}")).exists()))?;
+            job.restore()?;
+        }
+    }
+    fs::write(job.path("enough"), "")?;
+    job.wait()?;
+    ensure!(job.output()? == "ready\npass\n", "{}", job.output()?);
+    Ok(())
+}
+
+#[test]
+fn unix_connections_that_come_and_go_are_no_obstacle() -> Result<()> {
+    unix_churn(&mut Job::new("unix-churn")?, &[], &[])
+}
+
+/// Such a connection is made after the plan, and is there at the cut: what is saved can be restored.
+#[test]
+fn unix_connections_out_of_the_job_that_come_and_go() -> Result<()> {
+    let mut job = Job::new("unix-outside")?;
+    let path = job.path("outside");
+    let listener = UnixListener::bind(&path)?;
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let Ok(mut client) = client else { return };
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(2));
+                let _ = client.write_all(b"hello");
+            });
+        }
+    });
+    unix_churn(&mut job, &[&path.display().to_string()], &["--allow", "outside-unix"])
 }

@@ -63,7 +63,8 @@ int main(void)
     CHECK(getcwd(directory, sizeof directory));
     snprintf(stream_path, sizeof stream_path, "%s/stream", directory);
     snprintf(dgram_path, sizeof dgram_path, "%s/dgram", directory);
-    int pair[2], packets[2], half[2], dgrams[2], gone[2], tube[2], file, carried;
+    struct sockaddr_un at_rest = { .sun_family = AF_UNIX, .sun_path = "\0ckpt-unixes-at-rest" };
+    int pair[2], packets[2], half[2], dgrams[2], gone[2], reset[2], silent[2], fresh, at_home, tube[2], file, carried;
     snprintf(hidden_name, sizeof hidden_name, "@ckpt-unixes-%d", getpid());
     int server = named(SOCK_STREAM, stream_path, 5), client = joined(SOCK_STREAM, stream_path), accepted = accept(server, NULL, NULL);
     int hidden = named(SOCK_SEQPACKET, hidden_name, 5), packet_client = joined(SOCK_SEQPACKET, hidden_name), packet_accepted = accept(hidden, NULL, NULL);
@@ -85,6 +86,13 @@ int main(void)
     CHECK(send(dgrams[0], "d1", 2, 0) == 2 && send(dgrams[0], "d22", 3, 0) == 3);
     CHECK(send(half[0], "last words", 10, 0) == 10 && shutdown(half[0], SHUT_WR) == 0);
     CHECK(send(gone[0], "from the grave", 14, 0) == 14 && close(gone[0]) == 0);
+    /* Not connected. */
+    CHECK((fresh = socket(AF_UNIX, SOCK_STREAM, 0)) >= 0 && (at_home = socket(AF_UNIX, SOCK_SEQPACKET, 0)) >= 0);
+    CHECK(bind(at_home, (struct sockaddr *)&at_rest, sizeof at_rest) == 0);
+    /* Closed with something unread in them. */
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, reset) == 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, silent) == 0);
+    CHECK(send(reset[0], "last words", 10, 0) == 10 && send(reset[1], "?", 1, 0) == 1 && close(reset[0]) == 0);
+    CHECK(send(silent[1], "?", 1, 0) == 1 && close(silent[0]) == 0);
     CHECK(send(client, "to server", 9, 0) == 9 && send(accepted, "to client", 9, 0) == 9);
     CHECK(send(packet_client, "packet", 6, 0) == 6);
     CHECK(send(sender, "mail 1", 6, 0) == 6 && send(sender, "mail two", 8, 0) == 8);
@@ -108,6 +116,12 @@ int main(void)
     CHECK(send(dgrams[1], "back", 4, 0) == 4 && recv(dgrams[0], got, 64, 0) == 4);
     CHECK(recv(half[1], got, 64, 0) == 10 && recv(half[1], got, 64, 0) == 0);
     CHECK(send(half[1], "still open", 10, 0) == 10 && recv(half[0], got, 64, 0) == 10);
+    CHECK(recv(fresh, got, 64, 0) == -1 && errno == EINVAL);
+    CHECK(connect(fresh, (struct sockaddr *)&at_rest, sizeof at_rest) == -1);
+    CHECK(listen(at_home, 1) == 0);
+    CHECK(recv(reset[1], got, 64, 0) == 10 && !memcmp(got, "last words", 10));
+    CHECK(recv(reset[1], got, 64, 0) == -1 && errno == ECONNRESET && recv(reset[1], got, 64, 0) == 0);
+    CHECK(recv(silent[1], got, 64, 0) == -1 && errno == ECONNRESET && recv(silent[1], got, 64, 0) == 0);
     CHECK(recv(gone[1], got, 64, 0) == 14 && !memcmp(got, "from the grave", 14) && recv(gone[1], got, 64, 0) == 0);
     CHECK(recv(accepted, got, 64, 0) == 9 && !memcmp(got, "to server", 9) && recv(client, got, 64, 0) == 9);
     CHECK(getsockname(accepted, (void *)&address, &length) == 0 && !strcmp(address.sun_path, stream_path));

@@ -1,14 +1,16 @@
 //! Descriptor tables of the job: which descriptors share an open file description, and what the descriptions are.
 
-use super::{Connection, Options, plan, segments};
+use super::{Blocker, Connection, Options, plan, segments};
 use crate::memory::dump::MemoryDump;
 use crate::network::hold::SocketCookie;
 use crate::objects::sysv::{self, Listed};
-use crate::objects::{self, CaptureContext, Captured, Class, FilePolicy, Probe, SocketKind, tcp, udp, unix};
+use crate::objects::{
+    self, CaptureContext, Captured, Class, FilePolicy, Passing, Probe, SocketKind, tcp, udp, unix,
+};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::freeze::Frozen;
 use crate::tracee::proc::{self, Map};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use ckpt_common::image::file::{FileId, OpenFile};
 use ckpt_common::image::objects::{Outside, OutsideKind};
 use ckpt_common::image::process::Descriptor;
@@ -78,6 +80,16 @@ struct Found {
     probe: Probe,
 }
 
+/// A Unix socket: where it is in the list of files, and where it was found.
+#[derive(Debug)]
+struct End {
+    at: usize,
+    pid: i32,
+    fd: i32,
+    device: u64,
+    inode: u64,
+}
+
 /// Everything that descriptors, mappings and queues of the job refer to.
 pub(super) struct Table<'a> {
     options: &'a Options,
@@ -105,6 +117,10 @@ pub(super) struct Table<'a> {
     next: u32,
     pipes: HashSet<u64>,
     unix: unix::Peers,
+    /// Unix sockets whose other end is to be looked for.
+    ends: Vec<End>,
+    /// What comes back closed or disconnected, as allowed.
+    left_out: Vec<Blocker>,
     halves: Halves,
 }
 
@@ -136,6 +152,8 @@ impl<'a> Table<'a> {
             next: 0,
             pipes: HashSet::new(),
             unix: unix::Peers::default(),
+            ends: Vec::new(),
+            left_out: Vec::new(),
             halves: Halves::default(),
         };
         for process in frozen.processes.values().filter(|p| !p.threads.is_empty()) {
@@ -207,16 +225,45 @@ impl<'a> Table<'a> {
                 }
             }
         }
+        self.other_ends()
+    }
+
+    /// Of each Unix socket, the other end must be the job's. One that has come about since the plan may lead out.
+    fn other_ends(&mut self) -> Result<()> {
+        for End { at, pid, fd, device, inode } in std::mem::take(&mut self.ends) {
+            let other = self.unix.other_end(inode);
+            if other.is_none_or(|other| self.groups.contains_key(&(device, other))) {
+                continue;
+            }
+            let link = self.files[at].label.clone();
+            let Captured { kind, version, payload } = self
+                .leave_out(pid, fd, &link, OutsideKind::Unix)
+                .with_context(|| format!("fd {fd} of process {pid} ({link})"))?;
+            let file = &mut self.files[at];
+            (file.kind, file.version, file.payload) = (kind.into(), version, payload);
+        }
         Ok(())
+    }
+
+    /// Leaves something out that leads out of the job, if that is allowed.
+    fn leave_out(&mut self, pid: i32, fd: i32, link: &str, what: OutsideKind) -> Result<Captured> {
+        if !self.options.allow.contains(plan::word(what)) {
+            return Err(Passing::Outside.into());
+        }
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        self.left_out.push(plan::leads_out(pid, name.trim_end().into(), format!("fd {fd}  {link}"), what));
+        Captured::new(&Outside { what })
     }
 
     fn capture_one(&mut self, id: FileId, probe: &Probe, stdio: bool) -> Result<Captured> {
         if let Some(what) = plan::outside(probe, self.foreign) {
-            let what = if stdio { OutsideKind::Stdio } else { what };
-            if stdio || plan::is_request(probe) || self.options.allow.contains(plan::word(what)) {
+            if stdio {
+                return Captured::new(&Outside { what: OutsideKind::Stdio });
+            }
+            if plan::is_request(probe) {
                 return Captured::new(&Outside { what });
             }
-            bail!("it leads out of the job since ckpt looked at it first");
+            return self.leave_out(probe.pid, probe.fd, &probe.link, what);
         }
         match probe.class() {
             Class::PathFile => objects::path_file::capture(probe, self),
@@ -238,6 +285,9 @@ impl<'a> Table<'a> {
                     let peers = std::mem::take(&mut self.unix);
                     let captured = unix::capture(probe, &peers, self);
                     self.unix = peers;
+                    let (device, inode) = (probe.stat.st_dev, probe.stat.st_ino);
+                    let (pid, fd, at) = (probe.pid, probe.fd, self.files.len());
+                    self.ends.push(End { at, pid, fd, device, inode });
                     captured
                 }
                 SocketKind::Udp => Captured::new(&udp::capture(probe.file.as_fd())?),
@@ -337,7 +387,7 @@ impl<'a> Table<'a> {
         for segment in &self.listed {
             let ours = self.attaches.get(&segment.id).copied();
             if segment.attaches > ours.unwrap_or(0) && (ours.is_some() || made.contains(&segment.id)) {
-                bail!("{} leads out of the job since ckpt looked at it first", segment.name());
+                return Err(Error::from(Passing::Outside).context(segment.name()));
             }
             if ours.is_none() && made.contains(&segment.id) {
                 let probe = Probe::own(sysv::open(segment)?.into())?;
@@ -350,11 +400,11 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
-    /// The records of all descriptions, but for TCP sockets.
-    pub(super) fn finish(mut self) -> Result<(Vec<OpenFile>, Halves)> {
+    /// The records of all descriptions, but for TCP sockets; and what is left out.
+    pub(super) fn finish(mut self) -> Result<(Vec<OpenFile>, Halves, Vec<Blocker>)> {
         self.other_segments()?;
         self.capture()?;
-        Ok((self.files, self.halves))
+        Ok((self.files, self.halves, self.left_out))
     }
 }
 

@@ -15,9 +15,9 @@ mod thread;
 use crate::memory::dump::{self as memory, MemoryDump};
 use crate::memory::kept::Kept;
 use crate::network::hold::Hold;
-use crate::objects::FilePolicy;
 use crate::objects::sysv;
 use crate::objects::tcp::{CaptureError, Guard};
+use crate::objects::{FilePolicy, Passing};
 use crate::store::{PartReader, PartWriter};
 use crate::sys::ptrace;
 use crate::tracee::proc::{self, Maps};
@@ -51,6 +51,13 @@ pub struct Options {
     pub memory: memory::Options,
 }
 
+/// Did a capture fail for something that passes by itself? Then it is worth another try.
+pub fn passes(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient)
+        || error.is::<rings::Busy>()
+        || error.is::<Passing>()
+}
+
 /// What is known after the cut.
 #[derive(Clone, Debug, Default)]
 pub struct CutReport {
@@ -62,6 +69,8 @@ pub struct CutReport {
     pub threads: usize,
     /// Bytes of memory copied.
     pub bytes: u64,
+    /// What comes back closed or disconnected, as allowed.
+    pub left_out: Vec<Blocker>,
 }
 
 /// How the memory was saved.
@@ -186,9 +195,7 @@ impl Session {
                 Ok(report) => return Ok(report),
                 Err(error) => error,
             };
-            let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient)
-                || error.is::<rings::Busy>();
-            if !passes || tries == TRIES {
+            if !passes(&error) || tries == TRIES {
                 return Err(error);
             }
             tries += 1;
@@ -230,7 +237,8 @@ impl Session {
             }
         }
         frozen.processes.retain(|pid, _| !reaped.contains(pid));
-        (self.files, self.halves) = table.finish()?;
+        let left_out;
+        (self.files, self.halves, left_out) = table.finish()?;
         self.memory.copy_in_cut()?;
         reference::copy(&frozen).context("making a copy for a test")?;
         let pids: Vec<(i32, i32)> =
@@ -242,6 +250,7 @@ impl Session {
             processes: frozen.processes.len(),
             threads,
             bytes: self.memory.bytes(),
+            left_out,
         };
         self.frozen = Some(frozen);
         Ok(report)

@@ -1,7 +1,7 @@
 //! Before anything is touched: who belongs to the job, and what stands in the way.
 
 use super::{Options, address_space, segments};
-use crate::objects::{self, Class, Probe, SocketKind, tcp};
+use crate::objects::{self, Class, Probe, SocketKind, tcp, unix};
 use crate::sys::{kcmp, pidfd};
 use crate::tracee::proc::{self, Map};
 use crate::tracee::rings;
@@ -81,6 +81,11 @@ pub(super) fn word(what: OutsideKind) -> &'static str {
     }
 }
 
+/// What stands in the way because it leads out of the job.
+pub(super) fn leads_out(pid: i32, process: String, what: String, kind: OutsideKind) -> Blocker {
+    Blocker { pid, process, what, reason: "it leads out of the job".into(), allow: Some(word(kind)) }
+}
+
 /// Is it a program's own request for a checkpoint, which waits for its answer? It may always lead out of the job:
 /// the end of the connection tells the restored program what it is.
 pub(super) fn is_request(probe: &Probe) -> bool {
@@ -151,8 +156,11 @@ pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
         bail!("no process to checkpoint");
     }
     let job: HashSet<i32> = all.iter().copied().collect();
+    // First who is connected to whom, then who is outside: what the job accepts or passes on meanwhile stays inside.
+    let peers = unix::Peers::dump()?;
     let mut plan = Plan { foreign: foreign(&job), ..Plan::default() };
-    plan.foreign.extend(crate::objects::unix::peers_outside(&job)?);
+    let connected = peers.connected_to(&plan.foreign);
+    plan.foreign.extend(connected);
     let ours = ancestors();
     for pid in &all {
         let Ok(proc) = Proc::new(*pid) else { continue };
@@ -215,8 +223,7 @@ struct Check<'a> {
 impl Check<'_> {
     /// Notes something that can be left out where that is allowed by name.
     fn leave_out(&mut self, what: &str, kind: OutsideKind) {
-        let (reason, allow) = ("it leads out of the job".into(), Some(word(kind)));
-        let item = Blocker { pid: self.pid, process: self.name.clone(), what: what.into(), reason, allow };
+        let item = leads_out(self.pid, self.name.clone(), what.into(), kind);
         let allowed = self.options.allow.contains(word(kind));
         let list = if allowed { &mut self.plan.left_out } else { &mut self.plan.blockers };
         list.push(item);

@@ -13,8 +13,7 @@ use crate::{
         dump as memory,
         lazy::server,
     },
-    objects::{self, tcp::CaptureError},
-    rebuild,
+    objects, rebuild,
     store::{PartReader, PartWriter, Store},
     sys::pidfd,
 };
@@ -172,7 +171,7 @@ fn take_streams(pid: u32) -> Result<()> {
 
 /// What passes by itself is marked as such.
 fn classified(error: anyhow::Error) -> anyhow::Error {
-    let passes = error.downcast_ref::<CaptureError>().is_some_and(CaptureError::is_transient);
+    let passes = capture::passes(&error);
     // The next dump saves them before it lets the job run on.
     let lost = error.downcast_ref::<Lost>().is_some();
     if !passes && !lost {
@@ -212,7 +211,8 @@ impl DumpSession for LiveDump {
     fn cut(&mut self) -> Result<CutReport> {
         let processes = self.processes.clone();
         let report = self.session()?.cut().map_err(classified)?;
-        Ok(CutReport { us: report.took.as_micros() as u64, processes, bytes: report.bytes })
+        let left_out = report.left_out.iter().map(blocker).collect();
+        Ok(CutReport { us: report.took.as_micros() as u64, processes, bytes: report.bytes, left_out })
     }
 
     fn settle(&mut self) -> Result<Vec<Connection>> {

@@ -23,6 +23,17 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+/// Stands in the way of a checkpoint at this moment, and may not at the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Passing {
+    /// Of a Unix socket.
+    #[error("it sent data to a listener that has not accepted it yet")]
+    Unaccepted,
+    /// It is shared with, or connected to, a process outside. If it stays so, the next plan says it.
+    #[error("it leads out of the job since ckpt looked at it first")]
+    Outside,
+}
+
 /// A descriptor of the target under examination.
 #[derive(Debug)]
 pub struct Probe {

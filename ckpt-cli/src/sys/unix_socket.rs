@@ -1,6 +1,7 @@
 //! Unix sockets below what nix offers: raw addresses, and messages with descriptors, peeked or sent.
 
 use super::check;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -65,6 +66,13 @@ pub struct Peeked {
     pub from: Option<Vec<u8>>,
     /// Duplicates of the descriptors in it.
     pub files: Vec<OwnedFd>,
+}
+
+/// Does an error wait to be told to the program? It stays there (unlike with `SO_ERROR`, which takes it).
+pub fn has_error(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)))
 }
 
 /// Looks at the next message (from `SO_PEEK_OFF` on) without taking it; `None` at the queue's end.

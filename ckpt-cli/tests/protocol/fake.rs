@@ -134,7 +134,12 @@ impl DumpSession for FakeDump {
         if self.0.take_one("flaky")? {
             return Err(passes("a connection is not accepted yet; in a moment it may be"));
         }
-        Ok(CutReport { us: 1, processes: self.0.processes(), bytes: PAGE_SIZE as u64 })
+        Ok(CutReport {
+            us: 1,
+            processes: self.0.processes(),
+            bytes: PAGE_SIZE as u64,
+            ..CutReport::default()
+        })
     }
 
     fn settle(&mut self) -> Result<Vec<Connection>> {

@@ -21,6 +21,9 @@ pub struct UnixSocket {
     pub shutdown: u8,
     /// Received and not read yet, oldest first.
     pub messages: Vec<Message>,
+    /// The other end was closed with something unread in it: the next read behind the messages gives `ECONNRESET`, once.
+    #[serde(default)]
+    pub reset: bool,
     /// Socket options: (level, name, value).
     pub options: Vec<(i32, i32, Vec<u8>)>,
 }

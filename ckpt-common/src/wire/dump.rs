@@ -135,6 +135,8 @@ pub struct CutReport {
     pub processes: Vec<ProcessSummary>,
     /// Bytes of memory taken.
     pub bytes: u64,
+    /// What comes back closed or disconnected, as allowed.
+    pub left_out: Vec<Blocker>,
 }
 
 /// What a node has saved.

@@ -53,7 +53,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fmt, str::FromStr};
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Size of the preamble in bytes.
 pub const PREAMBLE_SIZE: usize = 16;
 /// Size of a frame's header in bytes.

@@ -171,7 +171,8 @@ impl Run<'_> {
     /// Everything before the commit. Links to nodes without processes of the job are dropped.
     fn until_saved(&self, links: &mut Vec<Link>, dump: &Dump, options: &DumpOptions) -> Result<Manifest> {
         let plans = self.phase(Phase::Plan, || self.plan(links, dump, options))?;
-        self.note_left_out(links, &plans);
+        self.left_out.borrow_mut().clear();
+        self.note_left_out(links, plans.iter().map(|plan| &plan.left_out));
         let (links, stop) = (&*links, self.request.options.stop);
         // A second attempt does not wait again.
         if let Some(when) = self.request.when_below.filter(|_| self.waited.get().is_none()) {
@@ -184,6 +185,8 @@ impl Run<'_> {
             _ => None,
         };
         let cuts = self.phase(Phase::Cut, || ask_all(links, self.context, |_| Request::Cut, take))?;
+        // The same, and what has come since the plan.
+        self.note_left_out(links, cuts.iter().map(|cut| &cut.left_out));
         let take = |response| match response {
             Response::Settled(connections) => Some(connections),
             _ => None,
@@ -308,12 +311,18 @@ impl Run<'_> {
     }
 
     /// What is left out, but for connections: they come and go until the cut.
-    fn note_left_out(&self, links: &[Link], plans: &[PlanReport]) {
-        let mut all = OnNodes::new();
-        for (link, plan) in links.iter().zip(plans) {
-            all.extend(plan.left_out.iter().map(|item| (link.node().to_owned(), item.clone())));
+    fn note_left_out<'a>(&self, links: &[Link], lists: impl Iterator<Item = &'a Vec<Blocker>>) {
+        let mut all = self.left_out.borrow_mut();
+        for (link, items) in links.iter().zip(lists) {
+            for item in items {
+                let known = |(node, one): &(String, Blocker)| {
+                    node == link.node() && (one.pid, &one.item) == (item.pid, &item.item)
+                };
+                if !all.iter().any(known) {
+                    all.push((link.node().to_owned(), item.clone()));
+                }
+            }
         }
-        self.left_out.replace(all);
     }
 
     /// The channel table, if no byte was lost and no connection out of the job has appeared since the plan. Where

@@ -3,10 +3,10 @@
 mod peers;
 mod rebuild;
 
-pub use peers::{Peers, peers_outside};
+pub use peers::Peers;
 pub use rebuild::Rebuilder;
 
-use super::{CaptureContext, Captured, Probe};
+use super::{CaptureContext, Captured, Passing, Probe};
 use crate::sys::{ioctl, unix_socket};
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::unix::{Message, Peer, UnixSocket};
@@ -42,7 +42,7 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
     let listening = ioctl::sockopt_int(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0;
     let peer = peers.peer(inode, socket_type, listening);
     if matches!(peer, Peer::Waiting(_)) && ioctl::unsent(fd)? != 0 {
-        bail!("it sent data to a listener that has not accepted it yet: try again in a moment");
+        return Err(Passing::Unaccepted.into());
     }
     let options = OPTIONS
         .into_iter()
@@ -50,8 +50,19 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
             Some((libc::SOL_SOCKET, name, ioctl::sockopt(fd, libc::SOL_SOCKET, name, 16).ok()?))
         })
         .collect();
+    let reset = matches!(peer, Peer::Gone) && unix_socket::has_error(fd)?;
     let messages = match peer {
         Peer::Listening { .. } => Vec::new(),
+        // Not connected yet.
+        Peer::None if socket_type != libc::SOCK_DGRAM => Vec::new(),
+        // A look behind the last byte would take the error from the program.
+        _ if reset && ioctl::readable(fd)? == 0 => Vec::new(),
+        _ if reset && socket_type != libc::SOCK_STREAM => {
+            // Here the error comes first, and nothing tells what is behind it but to take it: a program that runs on
+            // sees the packets and the end.
+            let _ = unix_socket::peek(fd, 1);
+            queue(fd, socket_type, context).context("looking at the queue")?
+        }
         _ => queue(fd, socket_type, context).context("looking at the queue")?,
     };
     Captured::new(&UnixSocket {
@@ -62,6 +73,7 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
         peer,
         shutdown: peers.shutdown(inode),
         messages,
+        reset,
         options,
     })
 }
@@ -95,7 +107,10 @@ fn finish(
 fn peek_all(fd: BorrowedFd<'_>, socket_type: i32) -> Result<Vec<unix_socket::Peeked>> {
     ioctl::set_sockopt_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
     let mut messages = Vec::new();
-    while let Some(message) = unix_socket::peek(fd, PIECE)? {
+    // Of a stream it is known how much there is, and that there is no need to look behind it.
+    let mut rest = if socket_type == libc::SOCK_STREAM { ioctl::readable(fd)? } else { usize::MAX };
+    while let Some(message) = if rest == 0 { None } else { unix_socket::peek(fd, PIECE)? } {
+        rest = rest.saturating_sub(message.data.len());
         let stream_end =
             socket_type != libc::SOCK_DGRAM && message.data.is_empty() && message.files.is_empty();
         if stream_end {

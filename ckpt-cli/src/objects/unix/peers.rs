@@ -34,7 +34,11 @@ impl Peers {
         if probes.any(|p| p.class() == Class::Socket) { Self::dump() } else { Ok(Self::default()) }
     }
 
-    fn dump() -> Result<Self> {
+    /// All of this network namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn dump() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG).context("opening a sock_diag socket")?;
         socket.bind_auto().context("binding a sock_diag socket")?;
         let mut header = NetlinkHeader::default();
@@ -100,50 +104,20 @@ impl Peers {
         }
     }
 
+    /// The socket (inode) that this one is connected to, or the listener that has not accepted it yet.
+    pub fn other_end(&self, inode: u64) -> Option<u64> {
+        let peer = self.entries.get(&inode).map(|entry| entry.peer).filter(|peer| *peer != 0);
+        peer.or_else(|| self.waiting.get(&inode).copied())
+    }
+
+    /// Sockets whose other end is one of these.
+    pub fn connected_to(&self, ends: &HashSet<u64>) -> HashSet<u64> {
+        let leads = |inode: &u64| self.other_end(*inode).is_some_and(|end| ends.contains(&end));
+        self.entries.keys().copied().filter(leads).collect()
+    }
+
     /// `RCV_SHUTDOWN` and `SEND_SHUTDOWN` bits.
     pub fn shutdown(&self, inode: u64) -> u8 {
         self.entries.get(&inode).map_or(0, |e| e.shutdown)
-    }
-}
-
-/// Sockets of the job (inodes) whose peer no process of the job has open.
-pub fn peers_outside(job: &HashSet<i32>) -> Result<HashSet<u64>> {
-    let mut own = HashSet::new();
-    for pid in job {
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            let Ok(link) = std::fs::read_link(entry.path()) else { continue };
-            let inode =
-                link.to_str().and_then(|l| l.strip_prefix("socket:[")).map(|i| i.trim_end_matches(']'));
-            own.extend(inode.and_then(|i| i.parse::<u64>().ok()));
-        }
-    }
-    if own.is_empty() {
-        return Ok(HashSet::new());
-    }
-    let peers = Peers::dump()?;
-    // A socket in flight in a queue is open in no process, yet part of the job: its peer says so.
-    let held = |inode: &u64| {
-        own.contains(inode)
-            || peers
-                .entries
-                .get(inode)
-                .is_some_and(|e| own.contains(&e.peer) && e.peer != 0 && !peers.open_elsewhere(*inode))
-    };
-    Ok(own
-        .iter()
-        .copied()
-        .filter(|inode| peers.entries.get(inode).is_some_and(|e| e.peer != 0 && !held(&e.peer)))
-        .collect())
-}
-
-impl Peers {
-    /// Is the socket open in any process at all?
-    fn open_elsewhere(&self, inode: u64) -> bool {
-        let link = format!("socket:[{inode}]");
-        procfs::process::all_processes().into_iter().flatten().flatten().any(|p| {
-            std::fs::read_dir(format!("/proc/{}/fd", p.pid)).into_iter().flatten().flatten().any(|entry| {
-                std::fs::read_link(entry.path()).is_ok_and(|l| l.to_str() == Some(link.as_str()))
-            })
-        })
     }
 }

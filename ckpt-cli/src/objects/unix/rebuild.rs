@@ -121,6 +121,9 @@ impl Rebuilder {
             Peer::Gone => {
                 let (fd, other) = self.pair(&record, None)?;
                 self.fill_from(&other, &record, &HashMap::new())?;
+                if record.reset {
+                    unix_socket::send(fd.as_fd(), &[0], &[], None).context("leaving something unread")?;
+                }
                 drop(other);
                 fd
             }
