@@ -168,3 +168,40 @@ fn unix_connections_out_of_the_job_that_come_and_go() -> Result<()> {
     });
     unix_churn(&mut job, &[&path.display().to_string()], &["--allow", "outside-unix"])
 }
+
+/// What cannot be saved, opened for a moment again and again: as by getaddrinfo(3), which asks the kernel by netlink.
+const UNSUPPORTED: &str = r#"
+import ctypes, os, socket, threading, time
+libc = ctypes.CDLL(None)
+def netlink(): return [socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()]
+def watch(): return [libc.inotify_init1(0)]
+def terminal(): return list(os.openpty())
+def again(make):
+    while not os.path.exists("enough"):
+        fds = make()
+        time.sleep(0.001)
+        for fd in fds: os.close(fd)
+        time.sleep(0.004)
+threads = [threading.Thread(target=again, args=[make]) for make in (netlink, watch, terminal)]
+for t in threads: t.start()
+for t in threads: t.join()
+print("pass", flush=True)
+"#;
+
+#[test]
+fn what_is_open_for_a_moment_is_no_obstacle() -> Result<()> {
+    let mut job = Job::new("moments")?;
+    fs::write(job.path("moments.py"), UNSUPPORTED)?;
+    job.start(&["/usr/bin/python3", "moments.py"])?;
+    for round in 0..12 {
+        job.pause(60);
+        match round % 4 {
+            3 => job.cycle()?,
+            _ => job.dump(false).map(drop)?,
+        }
+    }
+    fs::write(job.path("enough"), "")?;
+    job.wait()?;
+    ensure!(job.output()? == "pass\n", "{}", job.output()?);
+    Ok(())
+}

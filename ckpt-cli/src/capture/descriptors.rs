@@ -291,11 +291,9 @@ impl<'a> Table<'a> {
                     captured
                 }
                 SocketKind::Udp => Captured::new(&udp::capture(probe.file.as_fd())?),
-                SocketKind::Tcp | SocketKind::Other => bail!("this kind of socket is not supported"),
+                SocketKind::Tcp | SocketKind::Other => Err(Passing::Unsupported.into()),
             },
-            Class::SysvMemory | Class::Terminal | Class::Unknown => {
-                bail!("this kind of object is not supported")
-            }
+            Class::SysvMemory | Class::Terminal | Class::Unknown => Err(Passing::Unsupported.into()),
         }
     }
 

@@ -17,6 +17,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::time::Duration;
+
+/// Looks at what stands in the way, and the time between two.
+const LOOKS: usize = 5;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(15);
 
 /// Something that cannot be saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,8 +149,22 @@ pub(super) fn descends(pid: i32, job: &HashSet<i32>) -> bool {
     false
 }
 
-/// Lists the processes and everything that stands in the way.
+/// Lists the processes and everything that stands in the way at several looks: what a program opens and closes again
+/// is no obstacle.
 pub(super) fn plan(pids: &[i32], options: &Options) -> Result<Plan> {
+    let mut plan = look(pids, options)?;
+    for _ in 1..LOOKS {
+        if plan.blockers.is_empty() {
+            break;
+        }
+        std::thread::sleep(BETWEEN_LOOKS);
+        let before = std::mem::replace(&mut plan, look(pids, options)?).blockers;
+        plan.blockers.retain(|blocker| before.contains(blocker));
+    }
+    Ok(plan)
+}
+
+fn look(pids: &[i32], options: &Options) -> Result<Plan> {
     let mut all: Vec<i32> = Vec::new();
     for pid in pids.iter().flat_map(|pid| proc::tree(*pid)) {
         if !all.contains(&pid) {

@@ -32,6 +32,9 @@ pub enum Passing {
     /// It is shared with, or connected to, a process outside. If it stays so, the next plan says it.
     #[error("it leads out of the job since ckpt looked at it first")]
     Outside,
+    /// It cannot be saved, or the plan would have let it pass. If it stays, the next plan says so.
+    #[error("it cannot be saved, and was not there when ckpt looked first")]
+    Unsupported,
 }
 
 /// A descriptor of the target under examination.
