@@ -37,6 +37,8 @@ int main(void)
     int null = open("/dev/null", O_RDWR), zero = open("/dev/zero", O_RDONLY), handle = open("plain", O_PATH);
     int locked = open("locked", O_RDWR | O_CREAT, 0600), probe, status;
     struct flock record = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 10, .l_len = 20 }, ask;
+    int homeless, replaced, replacing;
+    struct stat facts, named;
     pid_t child;
 
     CHECK(write(plain, "0123456789", 10) == 10 && lseek(plain, 4, SEEK_SET) == 4);
@@ -46,6 +48,14 @@ int main(void)
     CHECK(write(append, "one\n", 4) == 4);
     gone2 = open("gone", O_RDONLY);
     CHECK(write(gone, "secret content", 14) == 14 && unlink("gone") == 0);
+    /* With its directories; and one whose name is in use again. */
+    CHECK(mkdir("lost", 0700) == 0 && mkdir("lost/found", 0700) == 0);
+    homeless = open("lost/found/file", O_RDWR | O_CREAT, 0600);
+    CHECK(write(homeless, "nowhere", 7) == 7 && unlink("lost/found/file") == 0);
+    CHECK(rmdir("lost/found") == 0 && rmdir("lost") == 0);
+    replaced = open("replaced", O_RDWR | O_CREAT, 0600);
+    CHECK(write(replaced, "old", 3) == 3 && unlink("replaced") == 0);
+    CHECK((replacing = open("replaced", O_RDWR | O_CREAT, 0600)) >= 0 && write(replacing, "new", 3) == 3);
     CHECK(flock(locked, LOCK_EX) == 0 && fcntl(locked, F_SETLK, &record) == 0);
     CHECK(mkdir("names", 0700) == 0);
     for (int i = 0; i < NAMES; i++) {
@@ -57,6 +67,11 @@ int main(void)
     some = names(halfway, 0, half);
     CHECK(some > 0 && some < NAMES && names(done, 1, whole) == NAMES);
     ready();
+    CHECK(pread(homeless, got, 64, 0) == 7 && !memcmp(got, "nowhere", 7) && access("lost", F_OK) == -1);
+    CHECK(fstat(homeless, &facts) == 0 && facts.st_nlink == 0);
+    CHECK(pread(replaced, got, 64, 0) == 3 && !memcmp(got, "old", 3));
+    CHECK(pread(replacing, got, 64, 0) == 3 && !memcmp(got, "new", 3) && fstat(replacing, &facts) == 0);
+    CHECK(facts.st_nlink == 1 && stat("replaced", &named) == 0 && named.st_ino == facts.st_ino);
     CHECK(names(halfway, 1, half) == NAMES - some && names(done, 1, whole) == 0);
 
     CHECK(read(plain, got, 2) == 2 && !memcmp(got, "45", 2));

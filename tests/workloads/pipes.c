@@ -3,7 +3,7 @@
 
 int main(void)
 {
-    int full[2], fifo, empty[2], half[2], status;
+    int full[2], fifo, lost, empty[2], half[2], status;
     char data[70000], got[70000], c;
     pid_t reader;
 
@@ -16,6 +16,8 @@ int main(void)
     CHECK(mkfifo("fifo", 0640) == 0 || errno == EEXIST);
     fifo = open("fifo", O_RDWR);
     CHECK(fifo >= 0 && write(fifo, "first", 5) == 5);
+    CHECK(mkfifo("lost", 0640) == 0 && (lost = open("lost", O_RDWR)) >= 0 && unlink("lost") == 0);
+    CHECK(write(lost, "nameless", 8) == 8);
     int high = fcntl(empty[1], F_DUPFD_CLOEXEC, 200);
     CHECK(high == 200);
     if (!(reader = fork())) { /* blocks in read across the checkpoint */
@@ -30,6 +32,8 @@ int main(void)
     CHECK(read(full[0], got, sizeof got) == sizeof got && !memcmp(got, data, sizeof data));
     CHECK(read(full[0], got, 1) == -1 && errno == EAGAIN);
     CHECK(read(half[0], got, 10) == 4 && !memcmp(got, "tail", 4) && read(half[0], got, 10) == 0);
+    CHECK(read(lost, got, 20) == 8 && !memcmp(got, "nameless", 8));
+    CHECK(access("lost", F_OK) == -1 && access("lost (deleted)", F_OK) == -1);
     CHECK(write(fifo, "second", 6) == 6 && read(fifo, got, 20) == 11 && !memcmp(got, "firstsecond", 11));
     CHECK(fcntl(high, F_GETFD) == FD_CLOEXEC && fcntl(empty[1], F_GETFD) == 0);
     CHECK(!(fcntl(empty[0], F_GETFL) & O_NONBLOCK));

@@ -4,11 +4,13 @@ use super::{CaptureContext, Captured, FilePolicy, Probe, RebuildContext, open_fl
 use crate::sys::ioctl;
 use anyhow::{Context as _, Result, bail};
 use ckpt_common::image::objects::{FileRestore, PathFile, RecordLock};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 
 const DELETED: &str = " (deleted)";
 
@@ -168,19 +170,14 @@ fn restore_bytes(file: &PathFile, path: &str, context: &mut RebuildContext<'_>) 
     Ok(())
 }
 
-/// A file without a name, as it was: created beside its old place so that it lies on the same file system.
+/// A file without a name, as it was: created at its old place so that it lies on the same file system.
 fn deleted(file: &PathFile, path: &str, flags: i32, context: &mut RebuildContext<'_>) -> Result<OwnedFd> {
     if !context.by_inode.contains_key(&file.inode) {
         let FileRestore::Content(memory) = file.restore else {
             bail!("{path}: deleted file without content")
         };
-        let name = format!("{path}.ckpt-{}", std::process::id());
-        let mode = Mode::from_bits_truncate(file.mode & 0o7777);
-        let create = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
-        let fd = nix::fcntl::open(name.as_str(), create, mode)
-            .with_context(|| format!("creating {name} for a file that was deleted while open"))?;
-        nix::unistd::unlink(name.as_str()).with_context(|| format!("removing {name}"))?;
-        let out = File::from(fd);
+        let out = without_name(Path::new(path), Mode::from_bits_truncate(file.mode & 0o7777))
+            .with_context(|| format!("creating {path}, which was deleted while it was open"))?;
         out.set_len(file.size)?;
         (context.fill)(memory, &out).with_context(|| format!("restoring the deleted file {path}"))?;
         nix::unistd::fchown(&out, Some(file.owner.0.into()), Some(file.owner.1.into()))?;
@@ -189,4 +186,26 @@ fn deleted(file: &PathFile, path: &str, flags: i32, context: &mut RebuildContext
     let again = format!("/proc/self/fd/{}", context.by_inode[&file.inode].as_fd().as_raw_fd());
     nix::fcntl::open(again.as_str(), open_flags(flags), Mode::empty())
         .with_context(|| format!("reopening {path}"))
+}
+
+/// Creates a file and removes its name: `path`, or another one beside it if that is in use. Directories that are gone are
+/// made, and removed, too.
+fn without_name(path: &Path, mode: Mode) -> Result<File> {
+    let gone: Vec<&Path> = path.ancestors().skip(1).take_while(|parent| !parent.exists()).collect();
+    for directory in gone.iter().rev() {
+        match nix::unistd::mkdir(*directory, Mode::S_IRWXU) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error).with_context(|| format!("making {}", directory.display())),
+        }
+    }
+    let create = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    let beside = path.with_file_name(format!(".ckpt-{}", std::process::id()));
+    let made = match nix::fcntl::open(path, create, mode) {
+        Err(Errno::EEXIST) => nix::fcntl::open(&beside, create, mode).map(|fd| (fd, beside.as_path())),
+        made => made.map(|fd| (fd, path)),
+    };
+    let removed = made.and_then(|(fd, name)| nix::unistd::unlink(name).map(|()| fd.into()));
+    // Somebody else may use them by now.
+    gone.iter().for_each(|directory| drop(std::fs::remove_dir(directory)));
+    Ok(removed?)
 }

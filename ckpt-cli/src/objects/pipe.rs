@@ -20,7 +20,9 @@ pub fn capture(probe: &Probe, seen: &mut HashSet<u64>) -> Result<Captured> {
     let capacity =
         fcntl(&probe.file, FcntlArg::F_GETPIPE_SZ).context("asking for the pipe's capacity")? as u32;
     let data = seen.insert(inode).then(|| peek(probe, capacity)).transpose()?;
-    let path = (!probe.link.starts_with("pipe:")).then(|| probe.link.clone());
+    // A FIFO without a name is a pipe like any other.
+    let named = !probe.link.starts_with("pipe:") && probe.stat.st_nlink > 0;
+    let path = named.then(|| probe.link.clone());
     Captured::new(&Pipe { inode, path, capacity, data })
 }
 
