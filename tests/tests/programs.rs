@@ -191,7 +191,7 @@ fn job_runs_on_while_it_is_dumped() -> Result<()> {
 #[test]
 fn taken_pids_lead_to_a_namespace() -> Result<()> {
     let mut job = Job::new("namespace")?;
-    let code = "import os, time\np = os.getpid()\nfor i in range(40):\n    assert os.getpid() == p\n    time.sleep(0.05)\nprint('same', flush=True)\n";
+    let code = "import os, time\np = os.getpid()\nfor i in range(60):\n    assert os.getpid() == p\n    time.sleep(0.05)\nprint('same', flush=True)\n";
     fs::write(job.path("work.py"), code)?;
     job.start(&["/usr/bin/python3", "work.py"])?;
     job.pause(300);
@@ -202,7 +202,16 @@ fn taken_pids_lead_to_a_namespace() -> Result<()> {
     job.wait()?;
     ensure!(job.output()? == "same\n", "{}", job.output()?);
     fs::write(job.path("out"), "")?;
-    job.ok(&["restore", "namespace", "--pids", "namespace"])?;
+    let pidfile = job.path("pid");
+    let again = ["restore", "namespace", "--pids", "namespace", "--pidfile", &pidfile.display().to_string()];
+    job.ok(&again)?;
+    // In there it is dumped like anywhere else.
+    let pid = fs::read_to_string(&pidfile)?.trim().to_owned();
+    ensure!(pid != job.pid().to_string(), "it has the old PID");
+    job.ok(&["dump", "--pid", &pid, "--name", "namespace"])?;
+    job.ok(&["dump", "--pid", &pid, "--name", "namespace", "--stop"])?;
+    ensure!(job.output()?.is_empty(), "it ended before it could be dumped in its namespace");
+    job.ok(&again)?;
     job.until_output("same")
 }
 

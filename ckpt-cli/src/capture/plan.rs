@@ -16,7 +16,7 @@ use procfs::process::Process as Proc;
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Looks at what stands in the way, and the time between two.
@@ -331,6 +331,7 @@ impl Check<'_> {
             let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
             if of(&self.pid.to_string()).with_context(|| format!("reading the {name} namespace"))?
                 != of("self")?
+                && !(name == "mnt" && mounts(&Proc::new(self.pid)?)? == mounts(&Proc::myself()?)?)
             {
                 let reason = format!("it is in another {name} namespace than ckpt; run ckpt in there");
                 self.block(&format!("{name} namespace"), &reason);
@@ -377,6 +378,18 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+/// What a process has mounted where: device, directory in it, mount point. A restore that makes a PID namespace makes a
+/// mount namespace with a /proc of its own and nothing else; so /proc does not count.
+fn mounts(process: &Proc) -> Result<Vec<(String, String, PathBuf)>> {
+    let all = process.mountinfo().context("reading the mounts")?.into_iter();
+    let mut mounts: Vec<_> = all
+        .filter(|mount| mount.mount_point != Path::new("/proc"))
+        .map(|mount| (mount.majmin, mount.root, mount.mount_point))
+        .collect();
+    mounts.sort_unstable();
+    Ok(mounts)
 }
 
 /// A parent that waits in vfork(2) shares its memory for a moment only.
