@@ -12,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Names the process in which a ckpt is to die.
 const VICTIM: &str = "CKPT_TEST_VICTIM";
+/// Names the process that is to be frozen.
+const FROZEN: &str = "CKPT_TEST_FROZEN";
 /// Times that a dump is killed at a random instant.
 const KILLS: u32 = 500;
 
@@ -302,4 +304,30 @@ fn no_modified_page_is_lost_on_a_full_disk() -> Result<()> {
     let unmounted = Command::new("umount").arg("-l").arg(&store).status()?;
     ensure!(unmounted.success(), "unmounting {}", store.display());
     result
+}
+
+/// Not a test: what freezes the job of the one below. The job's parent takes its stops for its own.
+#[test]
+fn a_ckpt_that_freezes_again_and_again() -> Result<()> {
+    let Ok(pid) = std::env::var(FROZEN) else { return Ok(()) };
+    for number in 0..3000 {
+        let frozen = Frozen::freeze(&[pid.parse()?]).with_context(|| format!("freeze {number}"))?;
+        frozen.thaw()?;
+    }
+    Ok(())
+}
+
+/// A thread that makes another one at the moment when it is asked to stop forgets that it was asked.
+#[test]
+fn frozen_while_threads_are_born() -> Result<()> {
+    let mut job = Job::new("births")?;
+    let program = job.build("births")?;
+    job.start(&[&program])?;
+    job.until_output("ready")?;
+    let mut freezing = Command::new(std::env::current_exe()?);
+    freezing.args(["--exact", "a_ckpt_that_freezes_again_and_again", "--nocapture"]);
+    let output = freezing.env(FROZEN, job.pid().to_string()).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(job.is_running() && job.output()? == "ready\n", "{}", job.output()?);
+    Ok(())
 }

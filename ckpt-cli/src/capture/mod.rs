@@ -118,7 +118,7 @@ impl Session {
     pub fn plan(pids: &[i32], options: Options) -> Result<Self> {
         crate::sys::task::raise_descriptor_limit().context("raising the limit on open files")?;
         let plan = plan::plan(pids, &options)?;
-        let memory = MemoryDump::new(options.memory, None, Kept::default());
+        let memory = MemoryDump::new(options.memory.clone(), None, Kept::default());
         Ok(Self {
             pids: pids.to_vec(),
             plan,
@@ -143,7 +143,7 @@ impl Session {
 
     /// Goes on with what an earlier dump has left: the checkpoint that it made, and what tracks writes since.
     pub fn build_on(&mut self, base: PartReader, kept: Kept) {
-        self.memory = MemoryDump::new(self.options.memory, Some(base), kept);
+        self.memory = MemoryDump::new(self.options.memory.clone(), Some(base), kept);
     }
 
     /// Makes ready what the freeze should not wait for, and copies memory ahead of it.
@@ -345,7 +345,10 @@ impl Session {
     }
 
     fn take_memory(&mut self) -> MemoryDump {
-        std::mem::replace(&mut self.memory, MemoryDump::new(self.options.memory, None, Kept::default()))
+        std::mem::replace(
+            &mut self.memory,
+            MemoryDump::new(self.options.memory.clone(), None, Kept::default()),
+        )
     }
 }
 

@@ -26,10 +26,14 @@ use ckpt_common::{
     },
 };
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
-use std::{os::fd::AsFd, time::Duration};
+use std::{cell::RefCell, os::fd::AsFd, rc::Rc, time::Duration};
 
 /// Real processes.
-pub struct LiveEngine;
+#[derive(Default)]
+pub struct LiveEngine {
+    /// What the last attempt has lost because it was not copied in the freeze.
+    lost: Rc<RefCell<Lost>>,
+}
 
 impl Engine for LiveEngine {
     fn plan_dump(
@@ -48,8 +52,12 @@ impl Engine for LiveEngine {
             CopyBeforeWrite::Uffd => Way::Uffd,
             CopyBeforeWrite::Stop => Way::Stop,
         };
-        let memory =
-            memory::Options { max_pause: Duration::from_micros(options.max_pause), way, stop: options.stop };
+        let memory = memory::Options {
+            max_pause: Duration::from_micros(options.max_pause),
+            way,
+            stop: options.stop,
+            lost: self.lost.borrow().0.clone(),
+        };
         let full = options.full;
         let options = capture::Options {
             allow: options.allow.iter().cloned().collect(),
@@ -78,7 +86,8 @@ impl Engine for LiveEngine {
             base: None,
             full,
         };
-        Ok((Box::new(LiveDump { session: Some(session), processes, keeping }), report))
+        let lost = Rc::clone(&self.lost);
+        Ok((Box::new(LiveDump { session: Some(session), processes, keeping, lost }), report))
     }
 
     fn plan_restore(
@@ -185,6 +194,7 @@ struct LiveDump {
     session: Option<capture::Session>,
     processes: Vec<ProcessSummary>,
     keeping: Keeping,
+    lost: Rc<RefCell<Lost>>,
 }
 
 impl LiveDump {
@@ -224,7 +234,11 @@ impl DumpSession for LiveDump {
     }
 
     fn save(&mut self, part: &mut PartWriter) -> Result<()> {
-        self.session()?.save(part).map_err(classified)
+        let saved = self.session()?.save(part);
+        if let Some(lost) = saved.as_ref().err().and_then(|error| error.downcast_ref::<Lost>()) {
+            self.lost.replace(lost.clone());
+        }
+        saved.map_err(classified)
     }
 
     fn memory(&self) -> MemoryReport {
@@ -278,7 +292,10 @@ mod tests {
 
     #[test]
     fn lost_pages_pass_with_the_next_attempt() {
-        let lost = || anyhow::Error::from(Lost { pid: 7, pages: 2, first: 0x1000 });
+        let lost = || {
+            let pages = std::iter::once(1..3).collect();
+            anyhow::Error::from(Lost(std::iter::once((7, pages)).collect()))
+        };
         for error in [lost(), lost().context("saving memory")] {
             let failure = failure_of(&classified(error));
             assert_eq!(failure.class, FailureClass::Transient);

@@ -20,7 +20,7 @@ pub(super) struct Arguments {}
 pub(super) fn run(_: &Arguments) -> Result<(), Failed> {
     let (input, output) =
         streams().map_err(|error| Failed::other(format!("setting up the agent's streams: {error}")))?;
-    let served = agent::serve(&LiveEngine, input, output, &|hello| log_to_stderr(&hello.log));
+    let served = agent::serve(&LiveEngine::default(), input, output, &|hello| log_to_stderr(&hello.log));
     served.map_err(|error| Failed::other(format!("{error:#}")))
 }
 

@@ -32,13 +32,15 @@ const RATE: f64 = 1e9;
 const SPARE: u64 = 4 << 20;
 /// For more memory than this, loading the reader of flags takes less time than /proc/PID/smaps.
 const WORTH_FLAGS: u64 = 128 << 20;
-/// Most bytes of the list of a process that is copied in the freeze although others are guarded.
+/// Most bytes on the list of a mapping that is copied in the freeze although others are guarded.
 const SMALL: u64 = 1 << 20;
+/// Where pages were lost, so much on both sides is copied in the freeze of the next attempt.
+const AROUND: u64 = 4 << 20;
 /// What is copied at a time where the store takes it at once.
 const STREAMED: u64 = 64 << 20;
 
 /// What the operator wants of the memory part of a dump.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// How long copying may prolong the freeze.
     pub max_pause: Duration,
@@ -46,6 +48,8 @@ pub struct Options {
     pub way: Way,
     /// The job stays frozen until its end: then there is all the time in the world.
     pub stop: bool,
+    /// Pages that an attempt before this one has lost, by process.
+    pub lost: BTreeMap<i32, PageSet>,
 }
 
 /// The memory of all processes of a job on this node, in one dump.
@@ -225,13 +229,15 @@ impl MemoryDump {
             return Ok(());
         }
         let start = Instant::now();
-        let budget = self.budget();
-        let guarded = self.can_copy_before_write();
+        let listed = |space: &Space| space.lists.previous().bytes();
+        let tracked: u64 = self.spaces.values().filter(|space| space.is_tracked()).map(listed).sum();
+        let guarded = tracked > self.budget() && self.can_copy_before_write();
+        if guarded {
+            self.leave_unguarded();
+        }
         if let Some(cow) = self.cow.as_mut().filter(|_| guarded) {
-            let large = too_large(self.spaces.values().filter(|space| space.is_tracked()), budget);
-            if !large.is_empty() {
-                cow.begin(&large).context("guarding what is not copied yet")?;
-            }
+            let guardable: Vec<&Space> = self.spaces.values().filter(|space| space.is_tracked()).collect();
+            cow.begin(&guardable).context("guarding what is not copied yet")?;
         }
         let mut now = Vec::new();
         for space in self.spaces.values() {
@@ -248,6 +254,33 @@ impl MemoryDump {
         }
         self.took("copy", start);
         Ok(())
+    }
+
+    /// What is copied in the cut although others are guarded: when a mapping goes, or a process, what was not copied of
+    /// it is lost. Small ones go soonest: stacks of threads, blocks of allocators, processes that do not live long.
+    fn leave_unguarded(&mut self) {
+        let room = self.budget() / 2;
+        let mut small: Vec<(u64, i32, PageSet)> = Vec::new();
+        for space in self.spaces.values().filter(|space| space.is_tracked()) {
+            small.extend(space.listed().map(|pages| (pages.bytes(), space.pid, pages)));
+        }
+        small.retain(|(bytes, ..)| *bytes <= SMALL);
+        small.sort_unstable_by_key(|(bytes, pid, _)| (*bytes, *pid));
+        let mut copied = 0;
+        for (bytes, pid, pages) in small {
+            copied += bytes;
+            if copied > room {
+                break;
+            }
+            if let Some(space) = self.spaces.get_mut(&pid) {
+                space.leave_unguarded(&pages);
+            }
+        }
+        for (pid, lost) in &self.options.lost {
+            if let Some(space) = self.spaces.get_mut(pid) {
+                space.leave_unguarded(&around(lost));
+            }
+        }
     }
 
     /// Bytes that the checkpoint will have to store.
@@ -346,26 +379,10 @@ impl MemoryDump {
     }
 }
 
-/// Those of these processes whose lists are to be guarded, because all together they are more than the freeze can copy.
-/// Small lists are not: most belong to processes that do not live long, and when one ends, what was not copied of it is lost.
-fn too_large<'a>(spaces: impl Iterator<Item = &'a Space>, budget: u64) -> Vec<&'a Space> {
-    let listed = |space: &Space| space.lists.previous().bytes();
-    let mut spaces: Vec<&Space> = spaces.collect();
-    if spaces.iter().map(|space| listed(space)).sum::<u64>() <= budget {
-        return Vec::new();
-    }
-    let mut small: Vec<(u64, i32)> = spaces.iter().map(|space| (listed(space), space.pid)).collect();
-    small.retain(|(bytes, _)| *bytes <= SMALL);
-    small.sort_unstable();
-    let mut copied = 0;
-    for (bytes, pid) in small {
-        copied += bytes;
-        if copied > budget / 2 {
-            break;
-        }
-        spaces.retain(|space| space.pid != pid);
-    }
-    spaces
+/// These pages and their surroundings.
+fn around(pages: &PageSet) -> PageSet {
+    let wide = AROUND / PAGE_SIZE as u64;
+    pages.ranges().iter().map(|range| range.start.saturating_sub(wide)..range.end + wide).collect()
 }
 
 /// What is copied at a time of these lists, with the process that each is of.

@@ -58,6 +58,8 @@ pub struct Space {
     pub written_later: PageSet,
     /// Pages whose writes are not tracked, at the last look or the cut.
     untracked: PageSet,
+    /// Pages that are copied in the cut although they could be guarded.
+    unguarded: PageSet,
     /// Pages that were, at a look or the cut, buffers registered with an io_uring: devices and the kernel write to them
     /// without a fault.
     pinned: PageSet,
@@ -95,6 +97,7 @@ impl Space {
             statistics: Statistics::default(),
             written_later: PageSet::default(),
             untracked: PageSet::default(),
+            unguarded: PageSet::default(),
             pinned: PageSet::default(),
             tracker: None,
             asking: None,
@@ -150,9 +153,21 @@ impl Space {
     }
 
     /// Pages that are to be saved after the cut, and whose old content can be kept when they are written before: of the
-    /// others, a write is not noticed.
+    /// others, a write is not noticed, or they are to be copied in the cut.
     pub fn guardable(&self) -> PageSet {
-        self.lists.previous().difference(&self.pinned).difference(&self.untracked)
+        let unnoticed = self.pinned.union(&self.untracked);
+        self.lists.previous().difference(&unnoticed).difference(&self.unguarded)
+    }
+
+    /// Has these pages copied in the cut.
+    pub fn leave_unguarded(&mut self, pages: &PageSet) {
+        self.unguarded = self.unguarded.union(pages);
+    }
+
+    /// What of the list is to be saved of each mapping that has something on it.
+    pub fn listed(&self) -> impl Iterator<Item = PageSet> + '_ {
+        let listed = |map| self.lists.previous().within(range(map));
+        self.maps.iter().map(listed).filter(|pages| !pages.is_empty())
     }
 
     /// Looks at the running process, without protecting anything: its own pages and those that were written.
@@ -258,6 +273,7 @@ impl Space {
         self.lists.written(&written.union(&untracked).union(&self.pinned.intersection(&own)));
         self.lists.swap();
         (self.own, self.untracked, self.huge) = (own, untracked, huge);
+        self.unguarded = PageSet::default();
         Ok(())
     }
 

@@ -215,17 +215,10 @@ impl Freezer {
                 if child != 0 && self.seized.insert(child) {
                     self.stopping.push(Stopping { pid: tgid(child).unwrap_or(child), tid: child });
                 }
-                ptrace::cont(tid, 0).map_err(TraceeError::request("resuming", tid))?;
-                Ok(false)
+                go_on(tid, 0)
             }
-            Wait::Signal(signal) => {
-                ptrace::cont(tid, signal).map_err(TraceeError::request("resuming", tid))?;
-                Ok(false)
-            }
-            Wait::Syscall => {
-                ptrace::cont(tid, 0).map_err(TraceeError::request("resuming", tid))?;
-                Ok(false)
-            }
+            Wait::Signal(signal) => go_on(tid, signal),
+            Wait::Syscall => go_on(tid, 0),
         }
     }
 
@@ -276,6 +269,14 @@ impl Freezer {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
+}
+
+/// Lets a thread go on from a stop that is not the one waited for. Any stop makes the kernel forget the one that was asked
+/// for (`ptrace_stop`, kernel/signal.c: "any trap clears pending STOP trap"), so it is asked for again.
+fn go_on(tid: i32, signal: i32) -> Result<bool> {
+    ptrace::interrupt(tid).map_err(TraceeError::request("interrupting", tid))?;
+    ptrace::cont(tid, signal).map_err(TraceeError::request("resuming", tid))?;
+    Ok(false)
 }
 
 fn tgid(tid: i32) -> Option<i32> {

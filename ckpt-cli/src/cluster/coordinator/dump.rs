@@ -33,6 +33,11 @@ const OUTSIDE_TCP: &str = "outside-tcp";
 const ATTEMPTS: u32 = 5;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
 
+/// Attempts that lose memory, before all of it is copied in the freeze.
+const LOSSES: u32 = 2;
+/// Most looks for the other end of a connection. It may wait for long to be accepted, on a busy machine.
+const LOOKS: u32 = 8;
+
 /// Between two samples: so many times as long as one takes, within these bounds.
 const SAMPLE_REST: u32 = 20;
 const SHORTEST_REST: Duration = Duration::from_millis(20);
@@ -145,15 +150,18 @@ impl Run<'_> {
 
     /// Some states pass by themselves, such as a connection that is not accepted yet: then the job
     /// runs on for a moment before the next attempt. What was overwritten while it was saved is copied
-    /// in the freeze the next time.
+    /// in the freeze the next time, and everything else, too, if that is not enough.
     fn attempts(&self, links: &mut Vec<Link>, dump: &Dump) -> Result<Manifest> {
         let mut options = self.request.options.clone();
+        let mut lost = 0;
         for attempt in 1.. {
             let error = match self.until_saved(links, dump, &options) {
                 Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
                 result => return result,
             };
+            lost += u32::from(fails_to_save(&error));
             let how = match fails_to_save(&error) && options.cow != CopyBeforeWrite::Stop {
+                true if lost < LOSSES => "trying again, with a longer freeze",
                 true => {
                     options.cow = CopyBeforeWrite::Stop;
                     "trying again, with a freeze until all memory is copied"
@@ -262,7 +270,7 @@ impl Run<'_> {
             _ => None,
         };
         let mut lonely: Option<OnNodes> = None;
-        loop {
+        for look in 1.. {
             let request = |_| Request::PlanDump(task.clone());
             let mut plans = ask_all(links, self.context, request, take)?;
             if plans.iter().all(|plan| plan.processes.is_empty()) {
@@ -283,8 +291,7 @@ impl Run<'_> {
                 near.retain(|blocker| before.contains(blocker));
             }
             blockers.extend(far);
-            let again = lonely.is_none() && !near.is_empty();
-            if !again {
+            if near.is_empty() || look == LOOKS {
                 blockers.extend(near);
                 blocked(blockers)?;
                 return Ok(plans);
@@ -292,6 +299,7 @@ impl Run<'_> {
             lonely = Some(near);
             thread::sleep(BETWEEN_ATTEMPTS);
         }
+        Err(ClusterError::Interrupted)
     }
 
     fn nothing_found(&self) -> String {

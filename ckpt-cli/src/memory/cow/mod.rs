@@ -42,17 +42,18 @@ pub enum Way {
 }
 
 /// Old content of pages was overwritten, or gone with its process, before it could be saved.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{pages} pages of process {pid}, from {first:#x} on, were overwritten or unmapped before they could be copied"
-)]
-pub struct Lost {
-    /// Whose pages.
-    pub pid: i32,
-    /// How many.
-    pub pages: u64,
-    /// Address of the first.
-    pub first: u64,
+#[derive(Clone, Debug, Default, PartialEq, Eq, thiserror::Error)]
+#[error("{} were overwritten or unmapped before they could be copied", self.what())]
+pub struct Lost(pub BTreeMap<i32, PageSet>);
+
+impl Lost {
+    fn what(&self) -> String {
+        let one = |(pid, pages): (&i32, &PageSet)| {
+            let first = pages.ranges().first().map_or(0, |range| range.start * PAGE_SIZE as u64);
+            format!("{} pages of process {pid}, from {first:#x} on,", pages.pages())
+        };
+        self.0.iter().map(one).collect::<Vec<_>>().join(" ")
+    }
 }
 
 /// Takes old content: process, page number, content of one or more pages.
@@ -189,16 +190,20 @@ impl Cow {
         }
         // Nothing is on the list any more, so nothing is added.
         while delivered.take(&mut *self.guard, spaces, staging)? {}
+        let mut lost = BTreeMap::new();
         for (pid, pages) in &self.guarded {
             let saved = delivered.pages.remove(pid).unwrap_or_default().into_iter().collect::<PageSet>();
-            let lost = pages.difference(&copied.remove(pid).unwrap_or_default()).difference(&saved);
-            if let Some(first) = lost.ranges().first() {
-                let first = first.start * PAGE_SIZE as u64;
-                return Err(Lost { pid: *pid, pages: lost.pages(), first }.into());
+            let missing = pages.difference(&copied.remove(pid).unwrap_or_default()).difference(&saved);
+            if !missing.is_empty() {
+                lost.insert(*pid, missing);
+                continue;
             }
             let space = spaces.get_mut(pid).context("it was there at the cut")?;
             space.statistics.before_write += saved.bytes();
             space.lists.save(pages);
+        }
+        if !lost.is_empty() {
+            return Err(Lost(lost).into());
         }
         for (pid, written) in self.guard.end(spaces, pids)? {
             if let Some(space) = spaces.get_mut(&pid) {
