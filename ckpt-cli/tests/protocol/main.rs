@@ -135,10 +135,11 @@ fn what_passes_by_itself_is_tried_again() {
 fn what_was_lost_is_copied_in_the_freeze() {
     let scene = Scene::new();
     scene.put("n1.flaky", "1");
-    scene.put("n1.loses", "1");
+    scene.put("n1.loses", "2");
     assert_eq!(scene.dump(&["n1", "n2"]).run(), (0, "job@1".into()));
     for node in ["n1", "n2"] {
-        assert_eq!(scene.get(&format!("{node}.cow")), "Auto Auto Stop ");
+        // What was lost first, then everything.
+        assert_eq!(scene.get(&format!("{node}.cow")), "Auto Auto Auto Stop ");
     }
     scene.assert_unharmed();
     scene.assert_whole(1);

@@ -398,7 +398,7 @@ mod tests {
         let mut other = preamble();
         other[8] = 9;
         let error = check_preamble(&other).unwrap_err().to_string();
-        assert_eq!(error, "protocol has version 9, but this ckpt reads only up to version 2");
+        assert_eq!(error, "protocol has version 9, but this ckpt reads only up to version 3");
     }
 
     #[test]

@@ -29,9 +29,10 @@ use std::{
 /// Word of `--allow` for TCP connections that lead out of the job.
 const OUTSIDE_TCP: &str = "outside-tcp";
 
-/// Most attempts, and the time between two.
-const ATTEMPTS: u32 = 5;
+/// Most attempts, and the time between two: more before later ones, up to so many times as much.
+const ATTEMPTS: u32 = 8;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(100);
+const MORE: u32 = 3;
 
 /// Attempts that lose memory, before all of it is copied in the freeze.
 const LOSSES: u32 = 2;
@@ -171,7 +172,7 @@ impl Run<'_> {
             self.context.observer.warn(&format!("{error}; {how}"));
             abort(links, self.context);
             self.times.borrow_mut().clear();
-            thread::sleep(BETWEEN_ATTEMPTS * attempt);
+            thread::sleep(BETWEEN_ATTEMPTS * attempt.min(MORE));
         }
         Err(ClusterError::Interrupted)
     }
