@@ -23,6 +23,7 @@ use ckpt_common::image::manifest::PhaseTime;
 use ckpt_common::image::{MemoryId, PAGE_SIZE, pages};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -262,23 +263,24 @@ impl MemoryDump {
         let room = self.budget() / 2;
         let mut small: Vec<(u64, i32, PageSet)> = Vec::new();
         for space in self.spaces.values().filter(|space| space.is_tracked()) {
-            small.extend(space.listed().map(|pages| (pages.bytes(), space.pid, pages)));
+            small.extend(space.listed(SMALL).map(|pages| (pages.bytes(), space.pid, pages)));
         }
-        small.retain(|(bytes, ..)| *bytes <= SMALL);
         small.sort_unstable_by_key(|(bytes, pid, _)| (*bytes, *pid));
         let mut copied = 0;
-        for (bytes, pid, pages) in small {
+        let little = small.iter().take_while(|(bytes, ..)| {
             copied += bytes;
-            if copied > room {
-                break;
-            }
-            if let Some(space) = self.spaces.get_mut(&pid) {
-                space.leave_unguarded(&pages);
-            }
+            copied <= room
+        });
+        let mut unguarded: BTreeMap<i32, Vec<Range<u64>>> = BTreeMap::new();
+        for (_, pid, pages) in little {
+            unguarded.entry(*pid).or_default().extend_from_slice(pages.ranges());
         }
         for (pid, lost) in &self.options.lost {
-            if let Some(space) = self.spaces.get_mut(pid) {
-                space.leave_unguarded(&around(lost));
+            unguarded.entry(*pid).or_default().extend_from_slice(around(lost).ranges());
+        }
+        for (pid, ranges) in unguarded {
+            if let Some(space) = self.spaces.get_mut(&pid) {
+                space.leave_unguarded(ranges.into_iter().collect());
             }
         }
     }

@@ -105,12 +105,16 @@ impl PageSet {
 
     /// The part in a range.
     pub fn within(&self, range: Range<u64>) -> Self {
+        let mut within = Self::default();
+        self.parts(range).for_each(|part| within.push(part));
+        within
+    }
+
+    /// The parts in a range, in ascending order.
+    pub fn parts(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         let from = self.ranges.partition_point(|r| r.end <= range.start);
-        let mut part = Self::default();
-        for r in self.ranges[from..].iter().take_while(|r| r.start < range.end) {
-            part.push(r.start.max(range.start)..r.end.min(range.end));
-        }
-        part
+        let inside = self.ranges[from..].iter().take_while(move |r| r.start < range.end);
+        inside.map(move |r| r.start.max(range.start)..r.end.min(range.end))
     }
 
     /// Walks along the borders of both, from front to back: `keep` says what belongs to the result.

@@ -155,19 +155,29 @@ impl Space {
     /// Pages that are to be saved after the cut, and whose old content can be kept when they are written before: of the
     /// others, a write is not noticed, or they are to be copied in the cut.
     pub fn guardable(&self) -> PageSet {
-        let unnoticed = self.pinned.union(&self.untracked);
-        self.lists.previous().difference(&unnoticed).difference(&self.unguarded)
+        let now = self.pinned.union(&self.untracked).union(&self.unguarded);
+        self.lists.previous().difference(&now)
     }
 
     /// Has these pages copied in the cut.
-    pub fn leave_unguarded(&mut self, pages: &PageSet) {
-        self.unguarded = self.unguarded.union(pages);
+    pub fn leave_unguarded(&mut self, pages: PageSet) {
+        self.unguarded = pages;
     }
 
-    /// What of the list is to be saved of each mapping that has something on it.
-    pub fn listed(&self) -> impl Iterator<Item = PageSet> + '_ {
-        let listed = |map| self.lists.previous().within(range(map));
-        self.maps.iter().map(listed).filter(|pages| !pages.is_empty())
+    /// What is on the list to be saved of each mapping that has something on it, but no more than so many bytes.
+    pub fn listed(&self, most: u64) -> impl Iterator<Item = PageSet> + '_ {
+        let listed = move |map| {
+            let (mut pages, mut bytes) = (Vec::new(), 0);
+            for part in self.lists.previous().parts(range(map)) {
+                bytes += (part.end - part.start) * PAGE_SIZE as u64;
+                if bytes > most {
+                    return None;
+                }
+                pages.push(part);
+            }
+            (bytes > 0).then(|| pages.into_iter().collect())
+        };
+        self.maps.iter().filter_map(listed)
     }
 
     /// Looks at the running process, without protecting anything: its own pages and those that were written.
