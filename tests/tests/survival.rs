@@ -310,7 +310,7 @@ fn no_modified_page_is_lost_on_a_full_disk() -> Result<()> {
 #[test]
 fn a_ckpt_that_freezes_again_and_again() -> Result<()> {
     let Ok(pid) = std::env::var(FROZEN) else { return Ok(()) };
-    for number in 0..3000 {
+    for number in 0..5000 {
         let frozen = Frozen::freeze(&[pid.parse()?]).with_context(|| format!("freeze {number}"))?;
         frozen.thaw()?;
     }

@@ -46,6 +46,28 @@ struct Stopping {
     tid: i32,
 }
 
+/// Why a thread cannot be seized.
+enum Refusal {
+    /// It has ended.
+    Ended,
+    /// It was born by one that we trace, so it is traced already and stops by itself; the event has not been read yet.
+    Ours,
+    /// We may not, or another one traces it.
+    Other,
+}
+
+impl Refusal {
+    fn of(pid: i32, tid: i32) -> Self {
+        let thread = procfs::process::Process::new(pid).and_then(|process| process.task_from_tid(tid));
+        match thread.and_then(|thread| thread.status()) {
+            Err(_) => Self::Ended,
+            Ok(status) if status.state.starts_with(['Z', 'X']) => Self::Ended,
+            Ok(status) if status.tracerpid == nix::unistd::gettid().as_raw() => Self::Ours,
+            Ok(_) => Self::Other,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Freezer {
     seized: BTreeSet<i32>,
@@ -137,11 +159,15 @@ impl Freezer {
                 Ok(()) => {}
                 // Ended meanwhile, or a thread that is already on its way out.
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => continue,
-                Err(e)
-                    if e.raw_os_error() == Some(libc::EPERM) && proc::state(pid).is_none_or(|s| s == 'Z') =>
-                {
-                    continue;
-                }
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => match Refusal::of(pid, tid) {
+                    Refusal::Ended => continue,
+                    Refusal::Ours => {
+                        self.seized.insert(tid);
+                        self.stopping.push(Stopping { pid, tid });
+                        continue;
+                    }
+                    Refusal::Other => return Err(TraceeError::request("seizing", tid)(e)),
+                },
                 Err(e) => return Err(TraceeError::request("seizing", tid)(e)),
             }
             self.seized.insert(tid);
