@@ -181,7 +181,7 @@ def again(make):
         fds = make()
         time.sleep(0.001)
         for fd in fds: os.close(fd)
-        time.sleep(0.004)
+        time.sleep(0.02)
 threads = [threading.Thread(target=again, args=[make]) for make in (netlink, watch, terminal)]
 for t in threads: t.start()
 for t in threads: t.join()

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Looks at what stands in the way, and the time between two.
-const LOOKS: usize = 5;
+const LOOKS: usize = 10;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(15);
 
 /// Something that cannot be saved.
