@@ -257,11 +257,8 @@ impl<'a> Table<'a> {
 
     fn capture_one(&mut self, id: FileId, probe: &Probe, stdio: bool) -> Result<Captured> {
         if let Some(what) = plan::outside(probe, self.foreign) {
-            if stdio {
-                return Captured::new(&Outside { what: OutsideKind::Stdio });
-            }
-            if plan::is_request(probe) {
-                return Captured::new(&Outside { what });
+            if stdio || plan::is_request(probe) {
+                return Captured::new(&Outside { what: if stdio { OutsideKind::Stdio } else { what } });
             }
             return self.leave_out(probe.pid, probe.fd, &probe.link, what);
         }

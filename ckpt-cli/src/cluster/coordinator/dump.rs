@@ -160,8 +160,9 @@ impl Run<'_> {
                 Err(error) if error.is_transient() && attempt < ATTEMPTS => error,
                 result => return result,
             };
-            lost += u32::from(fails_to_save(&error));
-            let how = match fails_to_save(&error) && options.cow != CopyBeforeWrite::Stop {
+            let loses = fails_to_save(&error);
+            lost += u32::from(loses);
+            let how = match loses && options.cow != CopyBeforeWrite::Stop {
                 true if lost < LOSSES => "trying again, with a longer freeze",
                 true => {
                     options.cow = CopyBeforeWrite::Stop;

@@ -57,13 +57,14 @@ pub fn capture(probe: &Probe, peers: &Peers, context: &mut dyn CaptureContext) -
         Peer::None if socket_type != libc::SOCK_DGRAM => Vec::new(),
         // A look behind the last byte would take the error from the program.
         _ if reset && ioctl::readable(fd)? == 0 => Vec::new(),
-        _ if reset && socket_type != libc::SOCK_STREAM => {
-            // Here the error comes first, and nothing tells what is behind it but to take it: a program that runs on
-            // sees the packets and the end.
-            let _ = unix_socket::peek(fd, 1);
+        _ => {
+            if reset && socket_type != libc::SOCK_STREAM {
+                // Here the error comes first, and nothing tells what is behind it but to take it: a program that runs
+                // on sees the packets and the end.
+                let _ = unix_socket::peek(fd, 1);
+            }
             queue(fd, socket_type, context).context("looking at the queue")?
         }
-        _ => queue(fd, socket_type, context).context("looking at the queue")?,
     };
     Captured::new(&UnixSocket {
         socket_type,
