@@ -6,6 +6,7 @@ use super::{Arena, Result, Stopped, TraceeError};
 use crate::sys::ptrace::{self, Wait};
 use anyhow::Context as _;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a thread may take to stop before the freeze is given up. Uninterruptible waits (D state) end in
@@ -60,6 +61,8 @@ impl Refusal {
     fn of(pid: i32, tid: i32) -> Self {
         let thread = procfs::process::Process::new(pid).and_then(|process| process.task_from_tid(tid));
         match thread.and_then(|thread| thread.status()) {
+            // Whatever else keeps us from looking at it: it may run on, so it is not left out.
+            Err(_) if Path::new(&format!("/proc/{pid}/task/{tid}")).exists() => Self::Other,
             Err(_) => Self::Ended,
             Ok(status) if status.state.starts_with(['Z', 'X']) => Self::Ended,
             Ok(status) if status.tracerpid == nix::unistd::gettid().as_raw() => Self::Ours,
